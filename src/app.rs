@@ -1,0 +1,196 @@
+//! Puts the parts together: discovery and registry on the calling runtime, requests on their workers.
+
+use std::{
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http_body_util::Full;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::{sync::mpsc, time::sleep};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    admin::Admin,
+    config::Config,
+    discovery::Discovery,
+    listen::{self, Workers},
+    proxy::Proxy,
+    registry::Registry,
+    table,
+    telemetry::metrics::Metrics,
+};
+
+/// Questions to the registry on their way.
+const ASKS_MAX: usize = 64;
+/// How long connections are still accepted once readiness says no: whoever balances over several proxies needs a moment to
+/// notice.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// A running proxy.
+#[derive(Debug)]
+pub struct App {
+    data_addr: SocketAddr,
+    admin_addr: Option<SocketAddr>,
+    workers: Option<Arc<Workers>>,
+    accepting: CancellationToken,
+    stopping: Arc<AtomicBool>,
+    ready: Arc<AtomicBool>,
+    drain_timeout: Duration,
+}
+
+/// Why the proxy did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The port cannot be had.
+    #[error("cannot listen on {what} port {port}: {error}")]
+    Bind {
+        /// `data` or `admin`.
+        what: &'static str,
+        /// Which.
+        port: u16,
+        /// Why.
+        error: io::Error,
+    },
+    /// The operating system refuses what a server needs.
+    #[error("cannot start: {0}")]
+    Os(#[from] io::Error),
+}
+
+impl App {
+    /// Starts a proxy that follows `discovery`; returns once it listens.
+    ///
+    /// # Errors
+    /// A port cannot be had, or threads cannot be started.
+    pub async fn start(config: Config, discovery: Box<dyn Discovery>) -> Result<App, StartError> {
+        let listener = listen::bind(config.bind, config.port).map_err(|error| StartError::Bind {
+            what: "data",
+            port: config.port,
+            error,
+        })?;
+        let admin_listener = match config.admin_port {
+            Some(port) => {
+                let bound = listen::bind(config.bind, port);
+                Some(bound.map_err(|error| StartError::Bind { what: "admin", port, error })?)
+            }
+            None => None,
+        };
+        let data_addr = listener.local_addr()?;
+        let admin_addr = admin_listener.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
+
+        let config = Arc::new(config);
+        let count = std::thread::available_parallelism().map_or(1, usize::from);
+        let metrics = Arc::new(Metrics::default());
+        let (publisher, reader) = table::table();
+        let (ready, stopping) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (asks, asked) = mpsc::channel(ASKS_MAX);
+        let tasks = TaskTracker::new();
+
+        let source = discovery.name();
+        let registry =
+            Registry::new(config.clone(), count, source, publisher, metrics.clone(), ready.clone(), tasks.clone());
+        tasks.spawn(registry.run(discovery.changes(), asked));
+
+        let admin = Admin {
+            ready: ready.clone(),
+            stopping: stopping.clone(),
+            table: reader.clone(),
+            metrics: metrics.clone(),
+            asks,
+        };
+        let accepting = CancellationToken::new();
+        if let Some(listener) = admin_listener {
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            tasks.spawn(accepting.clone().run_until_cancelled_owned(serve_admin(
+                listener,
+                admin.clone(),
+                tasks.clone(),
+            )));
+        }
+        let proxy = Arc::new(Proxy::new(&config, reader, metrics, admin));
+        let workers = Arc::new(Workers::start(count, &proxy)?);
+        let accept = {
+            let workers = workers.clone();
+            async move { workers.accept(listener).await }
+        };
+        tasks.spawn(accepting.clone().run_until_cancelled_owned(accept));
+        tracing::info!(address = %data_addr, admin = admin_addr.map(|addr| addr.to_string()), workers = count, discovery = source, "listening");
+        Ok(App {
+            data_addr,
+            admin_addr,
+            workers: Some(workers),
+            accepting,
+            stopping,
+            ready,
+            drain_timeout: config.drain_timeout,
+        })
+    }
+
+    /// Where requests are served.
+    pub fn data_addr(&self) -> SocketAddr {
+        self.data_addr
+    }
+
+    /// Where metrics and status are served, if not with the requests.
+    pub fn admin_addr(&self) -> Option<SocketAddr> {
+        self.admin_addr
+    }
+
+    /// Whether the first scan and its probes are done.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// Stops: readiness says no at once; connections are accepted for a moment longer; requests under way finish within
+    /// the drain timeout. Returns whether all of them did.
+    pub async fn shutdown(mut self) -> bool {
+        self.stopping.store(true, Ordering::Release);
+        tracing::info!(drain_timeout = ?self.drain_timeout, "shutting down");
+        sleep(SETTLE.min(self.drain_timeout)).await;
+        self.accepting.cancel();
+        let mut finished = true;
+        if let Some(mut workers) = self.workers.take() {
+            // The accepting task holds the other reference and is ending.
+            let workers = loop {
+                match Arc::try_unwrap(workers) {
+                    Ok(workers) => break workers,
+                    Err(shared) => workers = shared,
+                }
+                tokio::task::yield_now().await;
+            };
+            finished = workers.finish(self.drain_timeout).await;
+        }
+        if !finished {
+            tracing::warn!("requests were still under way at the end of the drain timeout and have been cut");
+        }
+        finished
+    }
+}
+
+async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: TaskTracker) {
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "accept failed on the admin port");
+                sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let admin = admin.clone();
+        let service = service_fn(move |request| {
+            let admin = admin.clone();
+            async move { Ok::<_, Infallible>(admin.handle(&request).await.map(Full::new)) }
+        });
+        tasks.spawn(async move {
+            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}

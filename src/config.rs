@@ -1,0 +1,504 @@
+//! Settings: every environment variable, defined once.
+//!
+//! [`KNOBS`] is the single table that parsing, `--help` and the README test read. A [`Config`] is the resolved form: no
+//! option that must be set later, no text that must be parsed again. Only `main` reads the process environment; everything
+//! else gets it as pairs, so tests configure by value.
+
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
+
+/// One environment variable: its name, its default as a user would write it, and what it does.
+#[derive(Debug, Clone, Copy)]
+pub struct Knob {
+    /// Name of the environment variable.
+    pub name: &'static str,
+    /// Default, in the notation a user would write; empty when there is none.
+    pub default: &'static str,
+    /// One sentence for `--help`.
+    pub help: &'static str,
+}
+
+const fn knob(name: &'static str, default: &'static str, help: &'static str) -> Knob {
+    Knob { name, default, help }
+}
+
+/// Every variable that the proxy reads.
+pub const KNOBS: &[Knob] = &[
+    knob("PROXY_PORT", "8080", "data port"),
+    knob("PROXY_BIND", "", "address to listen on; unset: all addresses, IPv4 and IPv6"),
+    knob("PROXY_ADMIN_PORT", "", "when set, /metrics, /status and the status page move to this port"),
+    knob("PROXY_DRAIN_TIMEOUT", "60s", "how long in-flight requests may go on when a backend, or the proxy, goes away"),
+    knob("PROXY_NETWORK", "", "default for the label inference.network"),
+    knob(
+        "PROXY_SAME_MODEL",
+        "balance",
+        "several containers with one model id: balance (one pool) or newest (the last one wins)",
+    ),
+    knob(
+        "PROXY_BALANCE",
+        "ewma",
+        "ewma, least, round_robin or prefix; until the latency-aware policies arrive, ewma and prefix act as least",
+    ),
+    knob("PROXY_REQUIRE_HEALTHCHECK", "false", "true: ignore containers that have no HEALTHCHECK; false: probe them"),
+    knob("PROXY_MODELS_REFRESH", "30s", "how often live backends are asked again for their models"),
+    knob("PROXY_MODEL_GRACE", "60s", "how long a model that has gone is answered with 503 instead of 404"),
+    knob("PROXY_RETRIES", "1", "further attempts on another backend, only before the first response byte"),
+    knob(
+        "PROXY_QUEUE_MAX",
+        "256",
+        "requests per model that wait while no replica can take them; read, but waiting is not built yet",
+    ),
+    knob("PROXY_QUEUE_TIMEOUT", "30s", "how long such a request waits; read, but waiting is not built yet"),
+    knob("PROXY_CONNECT_TIMEOUT", "2s", "time limit for connecting to a backend"),
+    knob("PROXY_FIRST_BYTE_TIMEOUT", "off", "time limit from the request to the first byte of its answer"),
+    knob("PROXY_IDLE_TIMEOUT", "off", "longest silence of a backend, before or within its answer"),
+    knob("PROXY_MAX_BODY", "1GiB", "larger request bodies get 413"),
+    knob("PROXY_HOLD_MAX", "64MiB", "how much of one body may be held while its model is not yet known"),
+    knob("PROXY_CORS_ORIGINS", "", "origins that get CORS headers, comma-separated; * for all"),
+    knob(
+        "PROXY_LOG",
+        "info",
+        "error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug",
+    ),
+    knob("PROXY_ACCESS_LOG", "off", "on: one line per request at info"),
+    knob("PROXY_LOG_FORMAT", "", "text, json or yaml; unset: text on a terminal, else json"),
+    knob("DOCKER_HOST", "", "Docker Engine to watch; unset: unix:///var/run/docker.sock"),
+    knob("DOCKER_CERT_PATH", "", "folder with ca.pem, cert.pem and key.pem for a Docker Engine behind TLS"),
+    knob("DOCKER_TLS_VERIFY", "", "any value: use TLS with DOCKER_CERT_PATH for a tcp:// DOCKER_HOST"),
+    knob(
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "",
+        "collector for traces and metrics; read, but the exporter is not built yet",
+    ),
+    knob("OTEL_SERVICE_NAME", "inference-proxy", "service name in telemetry"),
+];
+
+/// What to do when several containers announce one model id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SameModel {
+    /// One pool; traffic goes to all of them.
+    Balance,
+    /// The last one to become ready gets everything; an earlier one takes over when it goes.
+    Newest,
+}
+
+/// Which member of a pool gets the next request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Balance {
+    /// Latency-aware.
+    Ewma,
+    /// Least in-flight relative to weight.
+    Least,
+    /// In turn.
+    RoundRobin,
+    /// Affinity of conversations to the replica that has their prefix.
+    Prefix,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+    /// One YAML document a line group.
+    Yaml,
+}
+
+/// Where the Docker Engine is, as every Docker client reads it from `DOCKER_HOST` and its companions.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DockerEndpoint {
+    /// `DOCKER_HOST`; `None` is the local socket.
+    pub host: Option<String>,
+    /// `DOCKER_CERT_PATH`; else `.docker` in the home folder, if there is one.
+    pub cert_path: Option<PathBuf>,
+    /// `DOCKER_TLS_VERIFY` is set.
+    pub tls: bool,
+}
+
+/// The resolved settings.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)] // each field is the knob of the same name; KNOBS says what it means
+pub struct Config {
+    pub bind: Option<IpAddr>,
+    pub port: u16,
+    pub admin_port: Option<u16>,
+    pub drain_timeout: Duration,
+    pub network: Option<String>,
+    pub same_model: SameModel,
+    pub balance: Balance,
+    pub require_healthcheck: bool,
+    pub models_refresh: Duration,
+    pub model_grace: Duration,
+    pub retries: u32,
+    pub connect_timeout: Duration,
+    pub first_byte_timeout: Option<Duration>,
+    pub idle_timeout: Option<Duration>,
+    pub max_body_bytes: u64,
+    pub hold_max_bytes: usize,
+    pub cors_origins: Vec<String>,
+    pub log: String,
+    pub access_log: bool,
+    pub log_format: Option<LogFormat>,
+    pub docker: DockerEndpoint,
+}
+
+/// A variable whose value is not understood. The process ends with exit code 2.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{name}={value:?}: expected {expected}")]
+pub struct ConfigError {
+    /// The variable.
+    pub name: &'static str,
+    /// Its value as given.
+    pub value: String,
+    /// What is accepted.
+    pub expected: &'static str,
+}
+
+/// Something in the environment that a user probably did not mean; it stops nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Warning {
+    /// A `PROXY_` variable that does not exist.
+    Unknown {
+        /// Its name.
+        name: String,
+        /// The nearest name that does exist.
+        nearest: Option<&'static str>,
+    },
+    /// Anybody on the way to this engine could take it over.
+    PlainDocker {
+        /// `DOCKER_HOST`.
+        host: String,
+    },
+    /// A setting that is read but has no effect yet.
+    NotYet {
+        /// Its name.
+        name: &'static str,
+        /// What happens instead.
+        instead: &'static str,
+    },
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Warning::Unknown { name, nearest: Some(nearest) } => {
+                write!(f, "{name} is not a variable of this proxy and is ignored; did you mean {nearest}?")
+            }
+            Warning::Unknown { name, nearest: None } => {
+                write!(f, "{name} is not a variable of this proxy and is ignored; --help lists all")
+            }
+            Warning::PlainDocker { host } => write!(
+                f,
+                "DOCKER_HOST={host} is a public address without TLS: whoever can reach it owns that machine; set \
+                 DOCKER_TLS_VERIFY"
+            ),
+            Warning::NotYet { name, instead } => write!(f, "{name} has no effect yet: {instead}"),
+        }
+    }
+}
+
+impl Config {
+    /// Resolves the environment given as pairs. A variable set to the empty string counts as unset, as compose files
+    /// with `${VAR:-}` mean it.
+    ///
+    /// # Errors
+    /// The first value that does not parse, with what would.
+    pub fn from_vars<K, V>(vars: impl IntoIterator<Item = (K, V)>) -> Result<(Config, Vec<Warning>), ConfigError>
+    where
+        K: Into<String>,
+        V: Into<String>,
+    {
+        let vars: BTreeMap<String, String> =
+            vars.into_iter().map(|(k, v)| (k.into(), v.into())).filter(|(_, v)| !v.trim().is_empty()).collect();
+        let env = Env { vars };
+        let config = Config {
+            bind: env.optional("PROXY_BIND", "an IP address such as 127.0.0.1 or ::", |v| v.parse().ok())?,
+            port: env.required("PROXY_PORT", "a port, 0 to 65535", |v| v.parse().ok())?,
+            admin_port: env.optional("PROXY_ADMIN_PORT", "a port, 0 to 65535", |v| v.parse().ok())?,
+            drain_timeout: env.required("PROXY_DRAIN_TIMEOUT", DURATION, parse_duration)?,
+            network: env.optional("PROXY_NETWORK", "a network name", |v| Some(v.to_owned()))?,
+            same_model: env.required("PROXY_SAME_MODEL", "balance or newest", |v| match v {
+                "balance" => Some(SameModel::Balance),
+                "newest" => Some(SameModel::Newest),
+                _ => None,
+            })?,
+            balance: env.required("PROXY_BALANCE", "ewma, least, round_robin or prefix", |v| match v {
+                "ewma" => Some(Balance::Ewma),
+                "least" => Some(Balance::Least),
+                "round_robin" => Some(Balance::RoundRobin),
+                "prefix" => Some(Balance::Prefix),
+                _ => None,
+            })?,
+            require_healthcheck: env.required("PROXY_REQUIRE_HEALTHCHECK", "true or false", parse_bool)?,
+            models_refresh: env.required("PROXY_MODELS_REFRESH", "a duration of at least 1s, such as 30s", |v| {
+                parse_duration(v).filter(|d| *d >= Duration::from_secs(1))
+            })?,
+            model_grace: env.required("PROXY_MODEL_GRACE", DURATION, parse_duration)?,
+            retries: env.required("PROXY_RETRIES", "a number, 0 to 10", |v| v.parse().ok().filter(|n| *n <= 10))?,
+            connect_timeout: env.required("PROXY_CONNECT_TIMEOUT", "a duration above zero, such as 2s", |v| {
+                parse_duration(v).filter(|d| !d.is_zero())
+            })?,
+            first_byte_timeout: env.required("PROXY_FIRST_BYTE_TIMEOUT", DURATION_OR_OFF, parse_duration_or_off)?,
+            idle_timeout: env.required("PROXY_IDLE_TIMEOUT", DURATION_OR_OFF, parse_duration_or_off)?,
+            max_body_bytes: env.required("PROXY_MAX_BODY", SIZE, parse_size)?,
+            hold_max_bytes: env.required("PROXY_HOLD_MAX", SIZE, |v| parse_size(v)?.try_into().ok())?,
+            cors_origins: env.list("PROXY_CORS_ORIGINS"),
+            log: env.required("PROXY_LOG", "error, warn, info, debug, trace or a filter", |v| {
+                v.parse::<tracing_subscriber::filter::Targets>().is_ok().then(|| v.to_owned())
+            })?,
+            access_log: env.required("PROXY_ACCESS_LOG", "on or off", parse_bool)?,
+            log_format: env.optional("PROXY_LOG_FORMAT", "text, json or yaml", LogFormat::parse)?,
+            docker: DockerEndpoint {
+                host: env.optional("DOCKER_HOST", "unix:///path, tcp://host:port, http:// or https://", |v| {
+                    ["unix://", "tcp://", "http://", "https://"].iter().any(|s| v.starts_with(s)).then(|| v.to_owned())
+                })?,
+                cert_path: env
+                    .optional("DOCKER_CERT_PATH", "a folder", |v| Some(PathBuf::from(v)))?
+                    .or_else(|| env.vars.get("HOME").map(|home| PathBuf::from(home).join(".docker"))),
+                tls: env.vars.contains_key("DOCKER_TLS_VERIFY"),
+            },
+        };
+        // Known knobs that a later part of the product gives their effect; refuse nonsense in them already now.
+        env.required("PROXY_QUEUE_MAX", "a number", |v| v.parse::<usize>().ok())?;
+        env.required("PROXY_QUEUE_TIMEOUT", DURATION, parse_duration)?;
+        let warnings = env.warnings(&config);
+        Ok((config, warnings))
+    }
+}
+
+impl LogFormat {
+    /// `text`, `json` or `yaml`.
+    pub fn parse(text: &str) -> Option<LogFormat> {
+        match text {
+            "text" => Some(LogFormat::Text),
+            "json" => Some(LogFormat::Json),
+            "yaml" => Some(LogFormat::Yaml),
+            _ => None,
+        }
+    }
+}
+
+const DURATION: &str = "a duration such as 500ms, 60s or 2m (a bare number is seconds)";
+const DURATION_OR_OFF: &str = "off, or a duration such as 500ms, 60s or 2m (a bare number is seconds)";
+const SIZE: &str = "a size such as 64KiB, 10MB or 1GiB (a bare number is bytes)";
+
+struct Env {
+    vars: BTreeMap<String, String>,
+}
+
+impl Env {
+    fn required<T>(
+        &self,
+        name: &'static str,
+        expected: &'static str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        let default = KNOBS.iter().find(|k| k.name == name).map_or("", |k| k.default);
+        let value = self.vars.get(name).map_or(default, |v| v.trim());
+        parse(value).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected })
+    }
+
+    fn optional<T>(
+        &self,
+        name: &'static str,
+        expected: &'static str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        debug_assert!(KNOBS.iter().any(|k| k.name == name), "{name} must be in KNOBS");
+        let Some(value) = self.vars.get(name) else {
+            return Ok(None);
+        };
+        let value = value.trim();
+        parse(value).map(Some).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected })
+    }
+
+    fn list(&self, name: &'static str) -> Vec<String> {
+        debug_assert!(KNOBS.iter().any(|k| k.name == name), "{name} must be in KNOBS");
+        let value = self.vars.get(name).map_or("", String::as_str);
+        value.split(',').map(str::trim).filter(|v| !v.is_empty()).map(str::to_owned).collect()
+    }
+
+    fn warnings(&self, config: &Config) -> Vec<Warning> {
+        let names = || KNOBS.iter().map(|k| k.name);
+        let mut warnings: Vec<Warning> = self
+            .vars
+            .keys()
+            .filter(|name| name.starts_with("PROXY_") && !names().any(|known| known == *name))
+            .map(|name| Warning::Unknown { name: name.clone(), nearest: nearest(name, names()) })
+            .collect();
+        let set = |name: &str| self.vars.contains_key(name);
+        if let Some(host) = config.docker.host.as_ref().filter(|host| !config.docker.tls && is_plain_and_public(host)) {
+            warnings.push(Warning::PlainDocker { host: host.clone() });
+        }
+        if set("PROXY_BALANCE") && matches!(config.balance, Balance::Ewma | Balance::Prefix) {
+            let instead = "requests go to the replica with the least in-flight";
+            warnings.push(Warning::NotYet { name: "PROXY_BALANCE", instead });
+        }
+        for name in ["PROXY_QUEUE_MAX", "PROXY_QUEUE_TIMEOUT"].into_iter().filter(|n| set(n)) {
+            warnings.push(Warning::NotYet { name, instead: "requests that no replica can take are answered at once" });
+        }
+        if set("OTEL_EXPORTER_OTLP_ENDPOINT") {
+            let instead = "metrics are at /metrics, nothing is exported";
+            warnings.push(Warning::NotYet { name: "OTEL_EXPORTER_OTLP_ENDPOINT", instead });
+        }
+        warnings
+    }
+}
+
+/// Whether a `DOCKER_HOST` goes to a public address without TLS. Names are taken to be local: those of compose services
+/// are.
+fn is_plain_and_public(host: &str) -> bool {
+    let Some(authority) = host.strip_prefix("tcp://").or_else(|| host.strip_prefix("http://")) else { return false };
+    let ip = authority.parse::<std::net::SocketAddr>().map(|addr| addr.ip()).or_else(|_| authority.parse());
+    match ip.map(|ip: IpAddr| ip.to_canonical()) {
+        Ok(IpAddr::V4(ip)) => !(ip.is_loopback() || ip.is_private() || ip.is_link_local()),
+        Ok(IpAddr::V6(ip)) => !(ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local()),
+        Err(_) => false,
+    }
+}
+
+/// The candidate nearest to `name` by edit distance, if it is near enough to be what was meant.
+pub fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    candidates
+        .map(|candidate| (strsim::damerau_levenshtein(name, candidate), candidate))
+        .min()
+        .filter(|(distance, candidate)| *distance <= candidate.len() / 3)
+        .map(|(_, candidate)| candidate)
+}
+
+/// `500ms`, `60s`, `2m`, `1h`; a bare number is seconds. At most ten years, so that sums with "now" cannot overflow.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let seconds_per_unit = match unit.trim_start() {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return None,
+    };
+    let seconds = number.parse::<f64>().ok()? * seconds_per_unit;
+    (seconds <= 315_360_000.0).then(|| Duration::try_from_secs_f64(seconds).ok())?
+}
+
+fn parse_duration_or_off(text: &str) -> Option<Option<Duration>> {
+    match text {
+        "off" => Some(None),
+        text => parse_duration(text).map(|d| (!d.is_zero()).then_some(d)),
+    }
+}
+
+/// `64KiB`, `10MB`, `1GiB`; a bare number is bytes.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let bytes_per_unit: u64 = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(bytes_per_unit)
+}
+
+fn parse_bool(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" | "on" => Some(true),
+        "false" | "0" | "no" | "off" => Some(false),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(vars: &[(&str, &str)]) -> Result<(Config, Vec<Warning>), ConfigError> {
+        Config::from_vars(vars.iter().copied())
+    }
+
+    #[test]
+    fn defaults_are_the_contracts() {
+        let (c, warnings) = config(&[]).unwrap();
+        assert_eq!((c.port, c.bind, c.admin_port), (8080, None, None));
+        assert_eq!(c.drain_timeout, Duration::from_secs(60));
+        assert_eq!(c.model_grace, Duration::from_secs(60));
+        assert_eq!(c.models_refresh, Duration::from_secs(30));
+        assert_eq!((c.retries, c.connect_timeout), (1, Duration::from_secs(2)));
+        assert_eq!((c.first_byte_timeout, c.idle_timeout), (None, None));
+        assert_eq!((c.max_body_bytes, c.hold_max_bytes), (1 << 30, 64 << 20));
+        assert_eq!((c.same_model, c.balance), (SameModel::Balance, Balance::Ewma));
+        assert!(!c.require_healthcheck && !c.access_log);
+        assert_eq!(warnings, []);
+    }
+
+    #[test]
+    fn empty_is_unset() {
+        assert_eq!(config(&[("PROXY_PORT", " "), ("PROXY_BIND", "")]).unwrap().0.port, 8080);
+    }
+
+    #[test]
+    fn a_bad_value_names_variable_value_and_what_is_accepted() {
+        for (name, value, expected) in [
+            ("PROXY_PORT", "eighty", "a port"),
+            ("PROXY_PORT", "70000", "a port"),
+            ("PROXY_DRAIN_TIMEOUT", "60 apples", "a duration"),
+            ("PROXY_MAX_BODY", "1XB", "a size"),
+            ("PROXY_SAME_MODEL", "oldest", "balance or newest"),
+            ("PROXY_BALANCE", "random", "ewma"),
+            ("PROXY_REQUIRE_HEALTHCHECK", "maybe", "true or false"),
+            ("PROXY_BIND", "localhost", "an IP address"),
+            ("PROXY_LOG", "loud=very", "error, warn"),
+            ("PROXY_QUEUE_MAX", "-1", "a number"),
+            ("PROXY_MODELS_REFRESH", "0", "at least 1s"),
+            ("DOCKER_HOST", "/var/run/docker.sock", "unix:///path"),
+        ] {
+            let error = config(&[(name, value)]).unwrap_err();
+            assert_eq!((error.name, error.value.as_str()), (name, value));
+            assert!(error.expected.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn durations_and_sizes() {
+        for (text, ms) in
+            [("500ms", 500), ("60s", 60_000), ("2m", 120_000), ("1h", 3_600_000), ("5", 5_000), ("1.5", 1_500)]
+        {
+            assert_eq!(parse_duration(text), Some(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "s", "-1s", "1d", "1e9s", "999999999999999999999s", "1..2s", "."] {
+            assert_eq!(parse_duration(text), None, "{text}");
+        }
+        for (text, bytes) in [("64KiB", 65_536), ("10MB", 10_000_000), ("1GiB", 1 << 30), ("7", 7), ("2k", 2048)] {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for text in ["", "KiB", "-1", "1.5GiB", "99999999999GiB"] {
+            assert_eq!(parse_size(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_public_engine_without_tls_is_warned_about() {
+        let warned = |vars: &[(&str, &str)]| !config(vars).unwrap().1.is_empty();
+        assert!(warned(&[("DOCKER_HOST", "tcp://198.51.100.7:2375")]));
+        assert!(warned(&[("DOCKER_HOST", "http://[2001:db8::1]:2375")]));
+        assert!(!warned(&[("DOCKER_HOST", "tcp://198.51.100.7:2376"), ("DOCKER_TLS_VERIFY", "1")]));
+        for host in ["tcp://10.0.0.1:2375", "tcp://[::1]:2375", "tcp://docker-api:2375", "unix:///run/docker.sock"] {
+            assert!(!warned(&[("DOCKER_HOST", host)]), "{host}");
+        }
+    }
+
+    #[test]
+    fn unknown_variables_get_the_nearest_name() {
+        let (_, warnings) = config(&[("PROXY_DRAIN_TIMOUT", "5s"), ("PROXY_ZZZZZZZZZZ", "1"), ("OTHER", "x")]).unwrap();
+        let text: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+        assert_eq!(text.len(), 2, "{text:?}");
+        assert!(text[0].contains("did you mean PROXY_DRAIN_TIMEOUT"), "{text:?}");
+        assert!(text[1].contains("--help"), "{text:?}");
+    }
+}

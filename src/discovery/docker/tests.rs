@@ -1,0 +1,471 @@
+//! The watcher against an engine that does what no real one can be made to do at the right moment. Its time is virtual:
+//! waits cost nothing, and what takes 30 s is over at once.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{UnixListener, UnixStream},
+};
+
+use super::*;
+
+/// 2100-01-01T00:00:00Z, when every container here was started: what happens to them happens after watching began.
+const STARTED_S: i64 = 4_102_444_800;
+
+/// An engine: its containers, and what is wrong with it. Requests whose path holds a text in `held` wait for the test.
+#[derive(Default)]
+struct Script {
+    containers: BTreeMap<&'static str, Value>,
+    held: Vec<&'static str>,
+    /// Answers to everything under this path.
+    broken: Option<(&'static str, &'static str)>,
+}
+
+/// A request that waits for its answer, which was made when it came.
+struct Held {
+    connection: UnixStream,
+    answer: String,
+}
+
+/// One subscription: the test writes its events.
+struct Stream {
+    connection: UnixStream,
+    /// `since`, in nanoseconds.
+    since: i64,
+}
+
+struct FakeEngine {
+    path: PathBuf,
+    script: Arc<Mutex<Script>>,
+    streams: mpsc::Receiver<Stream>,
+    held: mpsc::Receiver<Held>,
+    changes: BoxStream<'static, Result<Change, DiscoveryError>>,
+    to_test: (mpsc::Sender<Stream>, mpsc::Sender<Held>),
+}
+
+fn container(id: &str, status: &str) -> Value {
+    json!({
+        "Id": id, "Name": format!("/{id}"),
+        "State": { "Status": status, "StartedAt": "2100-01-01T00:00:00Z" },
+        "Config": { "Image": "llm", "Labels": { "inference.enable": "true" } },
+        "HostConfig": { "NetworkMode": "bridge" },
+        "NetworkSettings": { "Networks": {}, "Ports": { "8000/tcp": [{ "HostIp": "127.0.0.1", "HostPort": "8000" }] } },
+    })
+}
+
+/// An event, so many seconds after the start.
+fn event(id: &str, action: &str, at_s: i64) -> String {
+    let signal = if action == "kill" { "15" } else { "" };
+    json!({
+        "Type": "container", "Action": action, "timeNano": (STARTED_S + at_s) * 1_000_000_000,
+        "Actor": { "ID": id, "Attributes": { "inference.enable": "true", "signal": signal } },
+    })
+    .to_string()
+}
+
+fn answer(status: &str, body: &str) -> String {
+    format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+impl Script {
+    fn answer(&self, path: &str) -> String {
+        if let Some((_, body)) = self.broken.filter(|(under, _)| path.starts_with(under)) {
+            return answer("200 OK", body);
+        }
+        if path == "/containers/json" {
+            let alive = |json: &Value| json["State"]["Status"] != "exited";
+            let ids = self.containers.iter().filter(|(_, json)| alive(json));
+            let list: Vec<Value> = ids.map(|(id, _)| json!({ "Id": id, "State": "running" })).collect();
+            return answer("200 OK", &Value::from(list).to_string());
+        }
+        let id = path.trim_start_matches("/containers/").trim_end_matches("/json");
+        match self.containers.get(id) {
+            Some(json) => answer("200 OK", &json.to_string()),
+            None => answer("404 Not Found", r#"{"message":"No such container"}"#),
+        }
+    }
+}
+
+async fn serve(
+    mut connection: UnixStream,
+    script: Arc<Mutex<Script>>,
+    streams: mpsc::Sender<Stream>,
+    held: mpsc::Sender<Held>,
+) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        match connection.read_u8().await {
+            Ok(byte) => head.push(byte),
+            Err(_) => return,
+        }
+    }
+    let head = String::from_utf8(head).unwrap();
+    let target = head.split(' ').nth(1).unwrap();
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let (broken, is_held, answer) = {
+        let script = script.lock().unwrap();
+        let broken = script.broken.is_some_and(|(under, _)| path.starts_with(under));
+        let is_held = script.held.iter().any(|part| path.contains(part));
+        (broken, is_held, script.answer(path))
+    };
+    if path == "/events" {
+        if broken {
+            let forbidden = self::answer("403 Forbidden", r#"{"message":"not allowed"}"#);
+            connection.write_all(forbidden.as_bytes()).await.unwrap();
+            return;
+        }
+        let since = query.split('&').find_map(|pair| pair.strip_prefix("since=")).unwrap();
+        let (seconds, nanos) = since.split_once('.').unwrap();
+        let since = seconds.parse::<i64>().unwrap() * 1_000_000_000 + nanos.parse::<i64>().unwrap();
+        let head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+        connection.write_all(head).await.unwrap();
+        let _ = streams.send(Stream { connection, since }).await;
+    } else if is_held {
+        let _ = held.send(Held { connection, answer }).await;
+    } else {
+        // Who asked may have left.
+        let _ = connection.write_all(answer.as_bytes()).await;
+    }
+}
+
+impl FakeEngine {
+    /// An engine with these containers, all running, and a watcher on it; not listening yet.
+    fn new(containers: &[&'static str]) -> FakeEngine {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("engine-{}-{number}.sock", std::process::id()));
+        let host = Some(format!("unix://{}", path.display()));
+        let endpoint = DockerEndpoint { host, ..DockerEndpoint::default() };
+        let (streams_sender, streams) = mpsc::channel(16);
+        let (held_sender, held) = mpsc::channel(16);
+        let script = Script {
+            containers: containers.iter().map(|id| (*id, container(id, "running"))).collect(),
+            ..Script::default()
+        };
+        FakeEngine {
+            path,
+            script: Arc::new(Mutex::new(script)),
+            streams,
+            held,
+            changes: Box::new(DockerDiscovery::new(endpoint, None, Vec::new())).changes(),
+            to_test: (streams_sender, held_sender),
+        }
+    }
+
+    fn listen(&self) {
+        let listener = UnixListener::bind(&self.path).unwrap();
+        let (script, (streams, held)) = (self.script.clone(), self.to_test.clone());
+        tokio::spawn(async move {
+            loop {
+                let (connection, _) = listener.accept().await.unwrap();
+                tokio::spawn(serve(connection, script.clone(), streams.clone(), held.clone()));
+            }
+        });
+    }
+
+    /// One that listens, whose containers have been reported.
+    async fn synced(containers: &[&'static str]) -> (FakeEngine, Stream) {
+        let mut engine = FakeEngine::new(containers);
+        engine.listen();
+        engine.until(&format!("reset {}", containers.join(" "))).await;
+        let stream = engine.stream().await;
+        (engine, stream)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.script.lock().unwrap());
+    }
+
+    async fn next(&mut self) -> String {
+        let next = timeout(Duration::from_secs(120), self.changes.next());
+        match next.await.expect("a change must come").unwrap() {
+            Err(error) => format!("error {error}"),
+            Ok(Change::Reset(endpoints)) => {
+                let mut ids: Vec<&str> = endpoints.iter().map(|endpoint| &*endpoint.id).collect();
+                ids.sort_unstable();
+                format!("reset {}", ids.join(" "))
+            }
+            Ok(Change::Upsert(endpoint)) => format!("upsert {}", endpoint.id),
+            Ok(Change::Stopping(id)) => format!("stopping {id}"),
+            Ok(Change::Suspended(id)) => format!("suspended {id}"),
+            Ok(Change::Detached(id)) => format!("detached {id}"),
+            Ok(Change::OutOfMemory(id)) => format!("oom {id}"),
+            Ok(Change::Ended(id)) => format!("ended {id}"),
+        }
+    }
+
+    /// All changes until one is `last`, which is left out.
+    async fn until(&mut self, last: &str) -> Vec<String> {
+        let mut changes = Vec::new();
+        for _ in 0..100 {
+            match self.next().await {
+                change if change == last => return changes,
+                change => changes.push(change),
+            }
+        }
+        panic!("no {last:?} in {changes:?}")
+    }
+
+    /// The next subscription. Changes on the way to it are not to be lost: whoever waits for those waits for them first.
+    async fn stream(&mut self) -> Stream {
+        tokio::select! {
+            stream = self.streams.recv() => stream.unwrap(),
+            change = self.changes.next() => panic!("{change:?} before a subscription"),
+        }
+    }
+
+    async fn held(&mut self) -> Held {
+        tokio::select! {
+            held = self.held.recv() => held.unwrap(),
+            change = self.changes.next() => panic!("{change:?} while a request was waited for"),
+        }
+    }
+}
+
+impl Drop for FakeEngine {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Stream {
+    async fn send(&mut self, event: &str) {
+        let chunk = format!("{:x}\r\n{event}\n\r\n", event.len() + 1);
+        self.connection.write_all(chunk.as_bytes()).await.unwrap();
+    }
+
+    async fn end(&mut self) {
+        self.connection.write_all(b"0\r\n\r\n").await.unwrap();
+    }
+}
+
+impl Held {
+    async fn release(mut self) {
+        let _ = self.connection.write_all(self.answer.as_bytes()).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_runs_is_reported_and_events_are_followed() {
+    let mut engine = FakeEngine::new(&["a", "b"]);
+    engine.listen();
+    let mut first = [engine.next().await, engine.next().await];
+    first.sort();
+    assert_eq!(first, ["upsert a", "upsert b"]);
+    assert_eq!(engine.next().await, "reset a b");
+    let mut stream = engine.stream().await;
+
+    engine.change(|script| drop(script.containers.insert("c", container("c", "running"))));
+    stream.send(&event("c", "start", 1)).await;
+    assert_eq!(engine.next().await, "upsert c");
+    stream.send(&event("x", "exec_create: noise", 2)).await;
+    stream.send(&event("a", "kill", 2)).await;
+    assert_eq!(engine.next().await, "stopping a");
+    // What has ended is not asked about first.
+    engine.change(|script| script.held.push("a/json"));
+    stream.send(&event("a", "die", 3)).await;
+    assert_eq!(engine.next().await, "ended a");
+    stream.send(&event("b", "pause", 4)).await;
+    assert_eq!(engine.next().await, "suspended b");
+    assert_eq!(engine.next().await, "upsert b");
+    stream.send(&event("b", "oom", 5)).await;
+    assert_eq!(engine.next().await, "oom b");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_ends_in_any_way_is_begun_again_with_an_overlap() {
+    for ending in ["cut", "cut mid-event", "clean end", "partial JSON, clean end", "unknown type"] {
+        let (mut engine, mut stream) = FakeEngine::synced(&["a"]).await;
+        let pause = event("a", "pause", 10);
+        stream.send(&pause).await;
+        assert_eq!(engine.until("suspended a").await, [""; 0]);
+        assert_eq!(engine.next().await, "upsert a");
+        match ending {
+            "cut mid-event" => stream.connection.write_all(b"400\r\n{\"Type\":\"conta").await.unwrap(),
+            "clean end" => stream.end().await,
+            "partial JSON, clean end" => {
+                stream.send(r#"{"Type":"container","Acti"#).await;
+                stream.end().await;
+            }
+            "unknown type" => stream.send(r#"{"Type":"wormhole","Action":"open","timeNano":1}"#).await,
+            _ => {}
+        }
+        drop(stream);
+
+        let broke_at = Instant::now();
+        let mut again = engine.stream().await;
+        assert!(broke_at.elapsed() < Duration::from_secs(6), "{ending}");
+        assert_eq!(again.since, (STARTED_S + 9) * 1_000_000_000, "{ending}");
+        // Nothing was lost with the stream, and what is told twice is heard once.
+        again.send(&pause).await;
+        again.send(&event("a", "oom", 11)).await;
+        let changes = engine.until("oom a").await;
+        assert!(changes.iter().all(|change| change == "upsert a" || change == "reset a"), "{ending}: {changes:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_breaks_while_the_list_is_made_is_begun_again_at_once() {
+    let mut engine = FakeEngine::new(&["a"]);
+    engine.change(|script| script.held.push("/containers/json"));
+    engine.listen();
+    let list = engine.held().await;
+    drop(engine.stream().await);
+    // Gives the watcher the time to hear of it while the list is still outstanding.
+    assert!(timeout(Duration::from_secs(1), engine.changes.next()).await.is_err());
+    engine.change(|script| script.held.clear());
+    list.release().await;
+    let released_at = Instant::now();
+    loop {
+        tokio::select! {
+            _again = engine.streams.recv() => break,
+            _change = engine.changes.next() => {}
+        }
+    }
+    assert!(released_at.elapsed() < Duration::from_secs(6), "{:?}", released_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn lost_events_are_found_by_the_list_and_the_stream_is_not_trusted_any_more() {
+    let (mut engine, _stream) = FakeEngine::synced(&["a", "b"]).await;
+    engine.change(|script| {
+        script.containers.remove("a");
+        script.containers.insert("c", container("c", "running"));
+    });
+    let lost_at = Instant::now();
+    let mut changes = engine.until("reset b c").await;
+    changes.sort();
+    assert_eq!(changes, ["ended a", "upsert b", "upsert c"]);
+    assert!(lost_at.elapsed() <= Duration::from_secs(60), "{:?}", lost_at.elapsed());
+    let _another = engine.stream().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_look_that_an_event_has_overtaken_says_nothing() {
+    let (mut engine, mut stream) = FakeEngine::synced(&["a", "b"]).await;
+    engine.change(|script| script.held.push("a/json"));
+    stream.send(&event("a", "health_status: healthy", 1)).await;
+    let stale = engine.held().await; // it runs, says this answer
+    stream.send(&event("a", "die", 2)).await;
+    assert_eq!(engine.next().await, "ended a");
+    engine.change(|script| {
+        script.held.clear();
+        script.containers.insert("a", container("a", "exited"));
+    });
+    stale.release().await;
+    assert_eq!(engine.until("reset b").await, ["upsert b"], "nothing of a, also in the next list");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_cannot_be_looked_at_delays_no_other() {
+    let mut engine = FakeEngine::new(&["a", "b"]);
+    engine.change(|script| script.held.push("a/json"));
+    engine.listen();
+    let began_at = Instant::now();
+    assert_eq!(engine.next().await, "upsert b");
+    let mut stream = engine.stream().await;
+    let _hanging = engine.held().await;
+    stream.send(&event("b", "kill", 1)).await;
+    assert_eq!(engine.next().await, "stopping b");
+    engine.change(|script| drop(script.containers.insert("b", container("b", "exited"))));
+    stream.send(&event("b", "die", 2)).await;
+    assert_eq!(engine.next().await, "ended b");
+    assert!(began_at.elapsed() < Duration::from_millis(100), "{:?}", began_at.elapsed());
+    // The whole truth needs all looks, but does not wait for ever.
+    let changes = engine.until("reset ").await;
+    assert!(changes.iter().all(|change| change == "upsert b" || change == "ended b"), "{changes:?}");
+    assert!(began_at.elapsed() <= ANSWER_TIMEOUT + Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_events_the_list_goes_on_and_what_is_missing_is_said() {
+    let mut engine = FakeEngine::new(&["a"]);
+    engine.change(|script| script.broken = Some(("/events", "")));
+    engine.listen();
+    assert_eq!(engine.until("reset a").await, ["upsert a"]);
+    let changes = loop {
+        match engine.next().await {
+            error if error.starts_with("error") => break error,
+            change => assert!(matches!(change.as_str(), "upsert a" | "reset a"), "{change}"),
+        }
+    };
+    assert!(changes.contains("403") && changes.contains("GET /events"), "{changes}");
+    engine.change(|script| drop(script.containers.insert("b", container("b", "running"))));
+    let (started_at, mut seen) = (Instant::now(), String::new());
+    while seen != "upsert b" {
+        seen = engine.next().await;
+    }
+    assert!(started_at.elapsed() <= Duration::from_secs(6), "{:?}", started_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_socket_that_appears_later_is_found() {
+    let mut engine = FakeEngine::new(&["a"]);
+    for _ in 0..10 {
+        let error = engine.next().await;
+        assert!(error.contains("no such socket") && error.contains("DOCKER_HOST"), "{error}");
+    }
+    let appeared_at = Instant::now();
+    engine.listen();
+    assert_eq!(engine.until("reset a").await, ["upsert a"]);
+    assert!(appeared_at.elapsed() < Duration::from_secs(6), "{:?}", appeared_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_cannot_be_read_proves_nothing() {
+    for garbage in ["<html>", r#"[{"Id":7}]"#, r#"{"message":"weird"}"#] {
+        let (mut engine, stream) = FakeEngine::synced(&["a"]).await;
+        engine.change(|script| script.broken = Some(("/containers/json", garbage)));
+        drop(stream); // makes it list
+        let error = engine.next().await;
+        assert!(error.starts_with("error cannot list containers"), "{garbage}: {error}");
+        assert!(!error.contains(garbage), "what engines send is not repeated: {error}");
+        engine.change(|script| script.broken = None);
+        let changes = engine.until("reset a").await;
+        assert!(changes.iter().all(|change| change == "upsert a" || change.starts_with("error")), "{changes:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
+    let engine = FakeEngine::new(&["self"]);
+    engine.change(|script| {
+        let networks = json!({ "app": { "NetworkID": "n1", "IPAddress": "172.18.0.9", "Gateway": "172.18.0.1" } });
+        script.containers.get_mut("self").unwrap()["NetworkSettings"]["Networks"] = networks;
+    });
+    engine.listen();
+    let endpoint =
+        DockerEndpoint { host: Some(format!("unix://{}", engine.path.display())), ..DockerEndpoint::default() };
+    let client = Engine::connect(&endpoint).unwrap();
+    let candidates = || vec!["short".to_owned(), "self".to_owned()];
+    let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new())).context;
+    let in_app = |context: &Context| match &context.vantage {
+        Vantage::Container { attachments, .. } => attachments.iter().any(|network| network.name == "app"),
+        Vantage::Host { .. } => false,
+    };
+
+    let located = locate(&client, unknown.clone(), candidates()).await;
+    assert_eq!(located.self_id.as_deref(), Some("self"));
+    assert!(in_app(&located));
+
+    engine.change(|script| script.broken = Some(("/containers/self", "garbage")));
+    let later = locate(&client, located.clone(), candidates()).await;
+    assert!(later.self_id.as_deref() == Some("self") && in_app(&later), "{later:?}");
+    let first = locate(&client, unknown, candidates()).await;
+    assert!(first.self_id.is_none() && !in_app(&first), "nothing is made up either");
+    // That there is no such container is an answer.
+    engine.change(|script| *script = Script::default());
+    assert_eq!(locate(&client, located, candidates()).await.self_id, None);
+}

@@ -1,0 +1,116 @@
+//! Where backends come from: a stream of changes that ends in the truth, whatever happens on the way.
+//!
+//! [`Discovery`] is the seam for other orchestrators. A source reports what it sees ([`Endpoint`]) and what it hears
+//! ([`Change`]); what that means for requests is decided in [`crate::lifecycle`], not here.
+
+pub mod docker;
+pub mod fixed;
+pub mod network;
+pub mod signal;
+pub mod vantage;
+
+use std::{sync::Arc, time::Duration};
+
+use futures::stream::BoxStream;
+
+use crate::{discovery::network::Reach, labels::LabelSpec};
+
+/// Identity of an endpoint in its source; a container id for Docker.
+pub type EndpointId = Arc<str>;
+
+/// One start of one endpoint: when it was started, in nanoseconds since 1970. The same container comes back under the
+/// same id with another address; everything learnt about it belongs to one incarnation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Incarnation(pub i64);
+
+/// Whether the process of an endpoint runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It runs.
+    Running,
+    /// It exists and does not get any processor time.
+    Paused,
+    /// It has ended and will be started again.
+    Restarting,
+    /// It does not run.
+    Stopped,
+}
+
+/// What the orchestrator's own health check says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// There is no check.
+    None,
+    /// No verdict yet.
+    Starting,
+    /// Fine.
+    Healthy,
+    /// Not fine.
+    Unhealthy,
+}
+
+/// What a source sees of one endpoint.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    /// Identity.
+    pub id: EndpointId,
+    /// Name for people.
+    pub name: String,
+    /// Image it was made from.
+    pub image: String,
+    /// Which start of it this is.
+    pub incarnation: Incarnation,
+    /// Whether it runs.
+    pub phase: Phase,
+    /// Verdict of its own health check.
+    pub health: Health,
+    /// Where it can be reached, or why it cannot and what to change.
+    pub reach: Result<Reach, String>,
+    /// What its labels ask for.
+    pub labels: LabelSpec,
+    /// Labels that were not understood.
+    pub problems: Vec<String>,
+    /// Why it must not be routed whatever its state: it is the proxy itself, or its opt-in is unclear.
+    pub excluded: Option<String>,
+    /// How long it gets to end by itself once it has been told to stop.
+    pub stop_grace: Duration,
+}
+
+/// Something that a source has seen or heard.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// The whole truth: what is not listed is gone.
+    Reset(Vec<Endpoint>),
+    /// This endpoint is now as described.
+    Upsert(Box<Endpoint>),
+    /// It has been told to stop: it finishes what it has and must get nothing new.
+    Stopping(EndpointId),
+    /// It gets no processor time: its connections hang without an error.
+    Suspended(EndpointId),
+    /// It lost the network in use: its connections hang without an error and will not come back.
+    Detached(EndpointId),
+    /// Something in it was killed for want of memory; it may or may not still work.
+    OutOfMemory(EndpointId),
+    /// Its process has ended.
+    Ended(EndpointId),
+}
+
+/// The source cannot see at the moment; it keeps trying. Nothing that is known becomes false by this.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}; {advice}")]
+pub struct DiscoveryError {
+    /// What failed.
+    pub what: String,
+    /// What the user can do.
+    pub advice: String,
+}
+
+/// A source of endpoints.
+pub trait Discovery: Send + 'static {
+    /// Its name in logs and status.
+    fn name(&self) -> &'static str;
+
+    /// Changes, endlessly. A [`Change::Reset`] follows once the source has seen everything, at the start and after every
+    /// error; an error means that it cannot see for now.
+    fn changes(self: Box<Self>) -> BoxStream<'static, Result<Change, DiscoveryError>>;
+}

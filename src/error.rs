@@ -1,0 +1,262 @@
+//! Every answer the proxy gives by itself when something is wrong: status, code, words and shape, decided here only.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+
+/// Whose error shape a client understands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// `{"error":{"message","type","param","code"}}`.
+    OpenAi,
+    /// `{"type":"error","error":{"type","message"}}`, on `/v1/messages*` and wherever `anthropic-version` is sent.
+    Anthropic,
+}
+
+/// Why a request could not be served. The text of every variant goes to the client: it names who failed and what can be
+/// done, and never holds an address, a key or a prompt.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ProxyError {
+    /// The request itself is wrong.
+    #[error("{message}")]
+    BadRequest {
+        /// `model_required`, `invalid_json`, …
+        code: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
+    /// No such path, or one that is never forwarded.
+    #[error("{message}")]
+    NoSuchPath {
+        /// What was asked for, and what there is instead.
+        message: String,
+    },
+    /// The method is not one for this path.
+    #[error("method not allowed here; use {allow}")]
+    MethodNotAllowed {
+        /// Value of the `Allow` header.
+        allow: &'static str,
+    },
+    /// No backend has ever announced this model.
+    #[error("the model `{model}` does not exist; GET /v1/models lists what is live")]
+    ModelNotFound {
+        /// The model as the client named it.
+        model: String,
+    },
+    /// The model is known, but no backend can take the request now.
+    #[error("the model `{model}` is known but no backend is ready for it ({why}); try again shortly")]
+    ModelUnavailable {
+        /// The model.
+        model: String,
+        /// State of its backends.
+        why: &'static str,
+    },
+    /// Every backend is full, or the proxy holds as many bodies as it may.
+    #[error("{what}; try again shortly")]
+    Overloaded {
+        /// What is full.
+        what: String,
+    },
+    /// The body is larger than the limit.
+    #[error("the request body is larger than {limit_bytes} bytes ({knob})")]
+    TooLarge {
+        /// The limit.
+        limit_bytes: u64,
+        /// The variable that sets it.
+        knob: &'static str,
+    },
+    /// The backend refused the connection, or broke before the first byte of its answer.
+    #[error("backend `{backend}` {what} before it answered ({attempts} attempt(s) made)")]
+    Backend {
+        /// Container name.
+        backend: String,
+        /// What it did.
+        what: &'static str,
+        /// Attempts in all.
+        attempts: u32,
+    },
+    /// A time limit that the user set ran out before the first byte.
+    #[error("backend `{backend}` gave no answer within {limit:?} ({knob})")]
+    BackendTimeout {
+        /// Container name.
+        backend: String,
+        /// The limit.
+        limit: Duration,
+        /// The variable that sets it.
+        knob: &'static str,
+    },
+    /// The client went away. Nobody reads this answer; it exists for accounts.
+    #[error("the client closed the connection")]
+    ClientGone,
+}
+
+/// Seconds a client is asked to wait before it tries again.
+const RETRY_AFTER_SECONDS: u8 = 2;
+
+impl ProxyError {
+    /// HTTP status of the answer.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            ProxyError::BadRequest { .. } => StatusCode::BAD_REQUEST,
+            ProxyError::NoSuchPath { .. } | ProxyError::ModelNotFound { .. } => StatusCode::NOT_FOUND,
+            ProxyError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            ProxyError::ModelUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            ProxyError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            ProxyError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ProxyError::Backend { .. } => StatusCode::BAD_GATEWAY,
+            ProxyError::BackendTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
+            ProxyError::ClientGone => client_gone(),
+        }
+    }
+
+    /// `error.code` of the OpenAI shape.
+    pub fn code(&self) -> &'static str {
+        match self {
+            ProxyError::BadRequest { code, .. } => code,
+            ProxyError::NoSuchPath { .. } => "not_found",
+            ProxyError::MethodNotAllowed { .. } => "method_not_allowed",
+            ProxyError::ModelNotFound { .. } => "model_not_found",
+            ProxyError::ModelUnavailable { .. } => "model_unavailable",
+            ProxyError::Overloaded { .. } => "overloaded",
+            ProxyError::TooLarge { .. } => "request_too_large",
+            ProxyError::Backend { .. } => "backend_error",
+            ProxyError::BackendTimeout { .. } => "backend_timeout",
+            ProxyError::ClientGone => "client_gone",
+        }
+    }
+
+    fn openai_type(&self) -> &'static str {
+        match self.status().as_u16() {
+            429 => "rate_limit_error",
+            503 => "service_unavailable_error",
+            500.. => "api_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// <https://docs.anthropic.com/en/api/errors>
+    fn anthropic_type(&self) -> &'static str {
+        match self.status().as_u16() {
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            504 => "timeout_error",
+            500.. => "api_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// The error as a JSON object in the client's dialect.
+    pub fn body(&self, dialect: Dialect) -> String {
+        let message = self.to_string();
+        match dialect {
+            Dialect::OpenAi => {
+                let param = matches!(self, ProxyError::ModelNotFound { .. } | ProxyError::ModelUnavailable { .. })
+                    .then_some("model");
+                let error = serde_json::json!({
+                    "message": message, "type": self.openai_type(), "param": param, "code": self.code(),
+                });
+                serde_json::json!({ "error": error }).to_string()
+            }
+            Dialect::Anthropic => {
+                let error = serde_json::json!({ "type": self.anthropic_type(), "message": message });
+                serde_json::json!({ "type": "error", "error": error }).to_string()
+            }
+        }
+    }
+
+    /// The whole answer.
+    pub fn response(&self, dialect: Dialect) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::from(self.body(dialect)));
+        *response.status_mut() = self.status();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        match self {
+            ProxyError::ModelUnavailable { .. } | ProxyError::Overloaded { .. } => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(u16::from(RETRY_AFTER_SECONDS)));
+            }
+            ProxyError::MethodNotAllowed { allow } => {
+                headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+            }
+            _ => {}
+        }
+        response
+    }
+
+    /// The error as an event for a stream whose head has already gone out, so that SDKs raise it instead of reading a
+    /// cut as the end. `path` tells the Responses API, whose events carry their type, from the rest.
+    pub fn stream_event(&self, dialect: Dialect, path: &str) -> Bytes {
+        // The backend may have died inside an event: blank lines first end whatever it had begun.
+        let text = match dialect {
+            Dialect::Anthropic => format!("\n\nevent: error\ndata: {}\n\n", self.body(dialect)),
+            Dialect::OpenAi if path.contains("/responses") => {
+                let event = serde_json::json!({
+                    "type": "error", "code": self.code(), "message": self.to_string(), "param": null,
+                });
+                format!("\n\nevent: error\ndata: {event}\n\n")
+            }
+            Dialect::OpenAi => format!("\n\ndata: {}\n\n", self.body(dialect)),
+        };
+        Bytes::from(text)
+    }
+}
+
+/// nginx's number for "the client closed the request"; used in metrics and logs only.
+fn client_gone() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn each() -> Vec<(ProxyError, u16, &'static str)> {
+        let text = || "x".to_owned();
+        vec![
+            (ProxyError::BadRequest { code: "model_required", message: text() }, 400, "model_required"),
+            (ProxyError::NoSuchPath { message: text() }, 404, "not_found"),
+            (ProxyError::ModelNotFound { model: text() }, 404, "model_not_found"),
+            (ProxyError::ModelUnavailable { model: text(), why: "it is draining" }, 503, "model_unavailable"),
+            (ProxyError::Overloaded { what: text() }, 429, "overloaded"),
+            (ProxyError::TooLarge { limit_bytes: 1, knob: "PROXY_MAX_BODY" }, 413, "request_too_large"),
+            (ProxyError::Backend { backend: text(), what: "refused", attempts: 1 }, 502, "backend_error"),
+            (
+                ProxyError::BackendTimeout { backend: text(), limit: Duration::from_secs(1), knob: "K" },
+                504,
+                "backend_timeout",
+            ),
+        ]
+    }
+
+    #[test]
+    fn status_and_code_are_the_contracts_in_both_dialects() {
+        for (error, status, code) in each() {
+            let response = error.response(Dialect::OpenAi);
+            assert_eq!(response.status().as_u16(), status);
+            let body: serde_json::Value = serde_json::from_slice(response.body()).unwrap();
+            assert_eq!(body["error"]["code"], code);
+            for key in ["message", "type", "param", "code"] {
+                assert!(body["error"].get(key).is_some(), "{key} in {body}");
+            }
+            let retry = matches!(status, 429 | 503);
+            assert_eq!(response.headers().contains_key("retry-after"), retry, "{code}");
+            let body: serde_json::Value = serde_json::from_slice(error.response(Dialect::Anthropic).body()).unwrap();
+            assert_eq!(body["type"], "error");
+            assert!(body["error"]["type"].is_string() && body["error"]["message"].is_string());
+        }
+    }
+
+    #[test]
+    fn hostile_model_names_stay_inside_their_string() {
+        let error = ProxyError::ModelNotFound { model: "a\"}\n\ndata: [DONE]\n\n".to_owned() };
+        let event = error.stream_event(Dialect::OpenAi, "/v1/chat/completions");
+        assert_eq!(event.iter().filter(|b| **b == b'\n').count(), 4, "{event:?}");
+    }
+
+    #[test]
+    fn client_gone_has_its_own_number() {
+        assert_eq!(ProxyError::ClientGone.status().as_u16(), 499);
+    }
+}

@@ -1,0 +1,98 @@
+//! One API for many inference servers: a reverse proxy that finds its backends by their Docker labels.
+//!
+//! This page is the map. Read it first, then one request's path ([`proxy`]), then one container's life ([`registry`]).
+//!
+//! # Two planes
+//!
+//! ```text
+//!              CONTROL                                                      DATA
+//!  Docker ──► discovery ──Change──► registry ──publish──► table ◄──read── proxy ◄── listen ◄── clients
+//!                                    │   ▲                (snapshot)        │
+//!                             effects│   │answers            backend ◄──────┘ in-flight, connections
+//!                                    ▼   │                  (gate)
+//!                                    probe                                  └──► upstream ──► backends
+//! ```
+//!
+//! Control decides which backends exist and which of them take requests; data serves requests. They know nothing of each
+//! other and meet in two places: the routing [`table`], an immutable snapshot that is swapped as a whole, and the gate of
+//! each [`backend`], one atomic word that says whether it takes requests and how many it has. Control writes, data reads.
+//!
+//! # The life of a request
+//!
+//! [`listen`] accepts it on one of its worker threads, which keeps it to the end. [`proxy`] finds out what its path means
+//! ([`proxy::paths`]), reads its body up to the model it names ([`scan`], [`replay`]), looks the model up in the table,
+//! chooses a member of the model's pool ([`balance`]), claims a place on its backend, and sends it over a connection of
+//! that backend ([`upstream`]). If that fails before a byte of the answer has come, it is sent again: on a fresh connection
+//! if a reused one had died, else to another backend. The answer passes through [`proxy::stream`], which holds the claim
+//! and the account and settles both at its end, whichever end that is.
+//!
+//! # The life of a container
+//!
+//! [`discovery`] reports what it sees and hears of a container. [`registry`], the single writer, feeds that to the
+//! container's [`lifecycle`], a pure state machine, and carries out what comes back: asking for its models ([`probe`]),
+//! letting requests in, keeping new ones out while those in flight go on, cutting them, publishing a new table.
+//!
+//! # What always holds
+//!
+//! * No request enters a backend that has been closed, whatever snapshot the request holds.
+//! * A backend is ready only by an answer of the same incarnation to a probe that was begun for it.
+//! * An answer that was broken off never ends cleanly for its client.
+//! * Nothing is sent to a second backend once a byte of an answer has come.
+//! * Losing sight of the engine changes no route: what is known stays until something is known to be otherwise.
+//! * Every queue, buffer and wait has a bound, and the request path takes no contended lock.
+//! * Keys, prompts and container environments are in no log, metric, status or error.
+//!
+//! # Layers
+//!
+//! A module uses only those below it (a test reads the `use` lines):
+//!
+//! ```text
+//! main
+//! app, commands, cli
+//! listen                                 discovery::{docker, fixed}
+//! proxy, demo
+//! admin
+//!                                        registry, probe
+//! table, status
+//! balance
+//! backend
+//! upstream
+//! replay                                 lifecycle, fetch
+//!                                        discovery
+//!                                        discovery::{network, signal, vantage}
+//! scan, labels, telemetry
+//! config, error
+//! ```
+//!
+//! Where later parts go: another orchestrator is another [`discovery::Discovery`]; what a policy must know of a backend's
+//! load belongs to [`backend`] and is decided in [`balance`]; a response cache and coalescing sit in [`proxy`] between the
+//! model and the choice of a backend, admission and API keys before it.
+
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod error;
+
+pub mod app;
+
+pub mod balance;
+pub mod listen;
+pub mod proxy;
+pub mod replay;
+pub mod scan;
+pub mod upstream;
+
+pub mod backend;
+pub mod table;
+
+pub mod discovery;
+pub mod labels;
+pub mod lifecycle;
+pub mod probe;
+pub mod registry;
+
+pub mod admin;
+pub mod demo;
+pub mod fetch;
+pub mod status;
+pub mod telemetry;

@@ -1,0 +1,111 @@
+//! The binary: environment and arguments in, exit code out. Everything else is in the library.
+
+use std::process::ExitCode;
+
+use inference_proxy::{
+    app::App,
+    cli::{self, Call},
+    commands,
+    config::Config,
+    demo,
+    discovery::docker::DockerDiscovery,
+    telemetry,
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Bad configuration: a variable or an argument.
+const BAD_CONFIGURATION: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = match cli::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no failures; clap knows which is which.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(BAD_CONFIGURATION) } else { ExitCode::SUCCESS };
+        }
+    };
+    // Variables that are not text cannot be ours.
+    #[allow(clippy::disallowed_methods)] // this is main
+    let vars = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+    let (config, warnings) = match Config::from_vars(vars) {
+        Ok(resolved) => resolved,
+        Err(error) => {
+            eprintln!("inference-proxy: bad configuration: {error}");
+            return ExitCode::from(BAD_CONFIGURATION);
+        }
+    };
+    telemetry::log::init(cli.log.unwrap_or(&config.log), cli.log_format.or(config.log_format));
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("inference-proxy: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let code = runtime.block_on(async {
+        match cli.call {
+            Call::Serve => {
+                for warning in warnings {
+                    tracing::warn!("{warning}");
+                }
+                serve(config).await
+            }
+            Call::Healthcheck { url } => told(commands::healthcheck(&config, url.as_deref()).await),
+            Call::Status { url, json } => {
+                told(commands::status(&config, url.as_deref(), json).await.map(|text| println!("{}", text.trim_end())))
+            }
+            Call::DemoBackend(options) => demo::serve(options).await,
+            Call::AllocateMb(megabytes) => {
+                demo::allocate_mb(megabytes);
+                ExitCode::SUCCESS
+            }
+        }
+    });
+    // Discovery may be in the middle of a question to the engine; nobody waits for the answer.
+    runtime.shutdown_background();
+    code
+}
+
+fn told(outcome: Result<(), String>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(text) => {
+            eprintln!("inference-proxy: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the proxy until it is told to stop, and then to its end.
+async fn serve(config: Config) -> ExitCode {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        eprintln!("inference-proxy: cannot listen for signals");
+        return ExitCode::FAILURE;
+    };
+    let own_ports = std::iter::once(config.port).chain(config.admin_port).collect();
+    let discovery = DockerDiscovery::new(config.docker.clone(), config.network.clone(), own_ports);
+    let app = match App::start(config, Box::new(discovery)).await {
+        Ok(app) => app,
+        Err(error) => {
+            eprintln!("inference-proxy: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    told_to_stop(&mut terminate, &mut interrupt).await;
+    tokio::select! {
+        _ = app.shutdown() => ExitCode::SUCCESS,
+        () = told_to_stop(&mut terminate, &mut interrupt) => {
+            tracing::warn!("told to stop a second time, ending at once");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn told_to_stop(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

@@ -1,0 +1,305 @@
+//! What a path means: the proxy's own, to be forwarded, or never to be forwarded. Pure.
+
+use std::borrow::Cow;
+
+use http::Method;
+use percent_encoding::percent_decode_str;
+
+use crate::admin::Page;
+
+/// What a request asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target<'p> {
+    /// `GET /v1/models`.
+    ModelList,
+    /// `GET /v1/models/{id}`, the id decoded.
+    ModelObject(Cow<'p, str>),
+    /// To be routed by the model it names.
+    Forward {
+        /// For paths under `/v1`: what follows it, beginning with a slash; the backend's base path goes before it. `None`
+        /// for engines' own paths, which stay as they are.
+        below_v1: Option<&'p str>,
+    },
+    /// One of the proxy's own pages.
+    Own(Page),
+    /// An engine's control endpoint: never forwarded.
+    Control,
+    /// An API that keeps state no single backend could answer for.
+    Stateful,
+    /// Nothing.
+    Unknown,
+}
+
+/// Segments by which engines let anybody who reaches them change or stop them, mostly without a key. A path that holds one
+/// of them anywhere, however it is encoded, is never forwarded.
+const CONTROL: &[&str] = &[
+    "abort_request",
+    "abort_requests",
+    "adapters",
+    "collective_rpc",
+    "configure_logging",
+    "continue_generation",
+    "destroy_weights_update_group",
+    "flush_cache",
+    "freeze_gc",
+    "init_weights_update_group",
+    "is_sleeping",
+    "load_lora_adapter",
+    "lora-adapters",
+    "pause",
+    "pause_generation",
+    "release_memory_occupation",
+    "reset_mm_cache",
+    "reset_prefix_cache",
+    "resume",
+    "resume_memory_occupation",
+    "scale_elastic_ep",
+    "set_internal_state",
+    "set_trace_level",
+    "sleep",
+    "slow_down",
+    "start_expert_distribution_record",
+    "start_profile",
+    "stop_expert_distribution_record",
+    "stop_profile",
+    "unload_lora_adapter",
+    "wake_up",
+];
+
+/// Families of such segments, by their beginning.
+const CONTROL_PREFIXES: &[&str] = &["update_weights", "update_weight", "dump_", "load_lora", "unload_lora"];
+
+/// First segments under `/v1` of APIs that keep state.
+const STATEFUL: &[&str] =
+    &["assistants", "batches", "conversations", "files", "fine_tuning", "threads", "uploads", "vector_stores"];
+
+/// Paths outside `/v1` that engines serve and that name a model in their body.
+const ENGINE_PATHS: &[&str] = &[
+    "/api/chat",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/generate",
+    "/api/show",
+    "/apply-template",
+    "/chat/completions",
+    "/classify",
+    "/cohere/v2/chat",
+    "/completion",
+    "/completions",
+    "/detokenize",
+    "/embedding",
+    "/embeddings",
+    "/generative_scoring",
+    "/inference/v1/generate",
+    "/infill",
+    "/invocations",
+    "/pooling",
+    "/rerank",
+    "/reranking",
+    "/responses",
+    "/score",
+    "/tokenize",
+    "/v2/embed",
+    "/v2/rerank",
+];
+
+/// What `path` means for `method`. `path` is as the client sent it, without the query.
+pub fn classify<'p>(method: &Method, path: &'p str) -> Target<'p> {
+    let reads = method == Method::GET || method == Method::HEAD;
+    if let Some(page) = Page::of(path).filter(|page| reads || *page != Page::Overview) {
+        return Target::Own(page);
+    }
+    if matches!(path, "/v1/models" | "/v1/models/") {
+        return Target::ModelList;
+    }
+    if let Some(below_v1) = path.strip_prefix("/v1").filter(|rest| rest.starts_with('/')) {
+        if let Some(id) = below_v1.strip_prefix("/models/")
+            && reads
+        {
+            return Target::ModelObject(percent_decode_str(id).decode_utf8_lossy());
+        }
+        let Some(segments) = decoded_segments(path) else {
+            return Target::Control;
+        };
+        if segments.iter().any(|segment| is_control(segment)) {
+            return Target::Control;
+        }
+        // The segment after "v1": what a server that decodes before it routes would see.
+        return match segments.iter().filter(|segment| !segment.is_empty()).nth(1) {
+            None => Target::Unknown,
+            Some(first) if first == "models" => Target::Unknown,
+            Some(first) if STATEFUL.contains(&first.as_str()) => Target::Stateful,
+            Some(_) => Target::Forward { below_v1: Some(below_v1) },
+        };
+    }
+    match ENGINE_PATHS.binary_search(&path) {
+        Ok(_) => Target::Forward { below_v1: None },
+        Err(_) => Target::Unknown,
+    }
+}
+
+fn is_control(segment: &str) -> bool {
+    let segment = segment.to_ascii_lowercase();
+    CONTROL.binary_search(&segment.as_str()).is_ok()
+        || CONTROL_PREFIXES.iter().any(|prefix| segment.starts_with(prefix))
+}
+
+/// The segments that any server could see in `path`: decoded until nothing is left to decode. `None` for paths made to be
+/// read in two ways: with `..`, control characters, or escapes within escapes beyond reason.
+fn decoded_segments(path: &str) -> Option<Vec<String>> {
+    const DECODINGS_MAX: usize = 4;
+    let mut decoded = path.to_owned();
+    let mut rounds = 0;
+    while decoded.contains('%') {
+        let next = percent_decode_str(&decoded).decode_utf8_lossy().into_owned();
+        if next == decoded {
+            break;
+        }
+        rounds += 1;
+        if rounds > DECODINGS_MAX {
+            return None;
+        }
+        decoded = next;
+    }
+    if decoded.chars().any(char::is_control) {
+        return None;
+    }
+    // Matrix parameters and back slashes end a segment for some servers.
+    let segments: Vec<String> = decoded.split(['/', '\\', ';', '?', '#']).map(|s| s.trim().to_owned()).collect();
+    (!segments.iter().any(|segment| segment == "..")).then_some(segments)
+}
+
+/// The model named in a query such as `model=llama&x=1`, decoded; the first one counts.
+pub fn model_in_query(query: Option<&str>) -> Option<String> {
+    let value = query?.split('&').find_map(|pair| pair.strip_prefix("model="))?;
+    let value = value.replace('+', " ");
+    let model = percent_decode_str(&value).decode_utf8().ok()?;
+    (!model.is_empty()).then(|| model.into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn post(path: &str) -> Target<'_> {
+        classify(&Method::POST, path)
+    }
+
+    fn get(path: &str) -> Target<'_> {
+        classify(&Method::GET, path)
+    }
+
+    #[test]
+    fn tables_are_sorted_for_binary_search() {
+        for table in [CONTROL, STATEFUL, ENGINE_PATHS] {
+            assert!(table.is_sorted(), "{table:?}");
+        }
+    }
+
+    #[test]
+    fn own_paths() {
+        assert_eq!(get("/v1/models"), Target::ModelList);
+        assert_eq!(get("/v1/models/org%2Ftiny"), Target::ModelObject("org/tiny".into()));
+        assert_eq!(get("/v1/models/org/tiny"), Target::ModelObject("org/tiny".into()));
+        assert_eq!(post("/v1/models/load"), Target::Unknown);
+        for (path, page) in [
+            ("/", Page::Overview),
+            ("/healthz", Page::Health),
+            ("/health", Page::Health),
+            ("/readyz", Page::Ready),
+            ("/metrics", Page::Metrics),
+            ("/status", Page::Status),
+        ] {
+            assert_eq!(get(path), Target::Own(page));
+        }
+    }
+
+    #[test]
+    fn forwarded_paths_keep_their_encoding() {
+        assert_eq!(post("/v1/chat/completions"), Target::Forward { below_v1: Some("/chat/completions") });
+        assert_eq!(post("/v1/a%20b/%2e"), Target::Forward { below_v1: Some("/a%20b/%2e") });
+        assert_eq!(post("/tokenize"), Target::Forward { below_v1: None });
+        assert_eq!(get("/v1/responses/resp_1"), Target::Forward { below_v1: Some("/responses/resp_1") });
+    }
+
+    #[test]
+    fn everything_else_is_unknown() {
+        for path in [
+            "/v1beta",
+            "/v1beta/chat",
+            "/v10/x",
+            "/other",
+            "/v1",
+            "/v1/",
+            "/v1%2Fmodels",
+            "//v1/chat",
+            "/V1/chat",
+            "*",
+            "",
+        ] {
+            assert_eq!(post(path), Target::Unknown, "{path}");
+        }
+        for path in ["/v1/files", "/v1/batches/1", "/v1/fine_tuning/jobs", "/v1//threads", "/v1/%66iles"] {
+            assert_eq!(post(path), Target::Stateful, "{path}");
+        }
+    }
+
+    #[test]
+    fn control_endpoints_are_found_in_every_disguise() {
+        for path in [
+            "/v1/load_lora_adapter",
+            "/v1/%6coad_lora_adapter",
+            "/v1/%256coad_lora_adapter",
+            "/v1//sleep",
+            "/v1/%2Fsleep",
+            "/v1/SLEEP",
+            "/v1/x/../sleep",
+            "/v1/x/%2e%2e/chat",
+            "/v1/sleep;x=1",
+            "/v1/sleep%3Flevel=1",
+            "/v1/chat%5csleep",
+            "/v1/update_weights_from_disk",
+            "/v1/pause ",
+            "/v1/%00",
+            "/v1/sleep%20",
+        ] {
+            assert_eq!(post(path), Target::Control, "{path}");
+        }
+        for path in ["/sleep", "/%73leep", "//sleep", "/collective_rpc"] {
+            assert_eq!(post(path), Target::Unknown, "{path}");
+        }
+    }
+
+    #[test]
+    fn models_in_queries() {
+        for (query, model) in [
+            (Some("model=a"), Some("a")),
+            (Some("x=1&model=org%2Fa+b"), Some("org/a b")),
+            (Some("submodel=a"), None),
+            (Some("model="), None),
+            (Some("model=%ff"), None),
+            (None, None),
+        ] {
+            assert_eq!(model_in_query(query).as_deref(), model, "{query:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_encoding_hides_a_control_endpoint(index in 0..CONTROL.len(), encode in proptest::collection::vec(0..3u8, 40)) {
+            let encoded: String = CONTROL[index].bytes().zip(encode).map(|(byte, how)| match how {
+                0 => (byte as char).to_string(),
+                1 => format!("%{byte:02x}"),
+                _ => format!("%25{byte:02X}"),
+            }).collect();
+            let path = format!("/v1/{encoded}");
+            prop_assert_eq!(post(&path), Target::Control);
+        }
+
+        #[test]
+        fn any_path_gets_an_answer(path in "\\PC{0,60}") {
+            let _ = (post(&path), get(&path));
+        }
+    }
+}

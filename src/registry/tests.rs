@@ -1,0 +1,520 @@
+//! First the registry by hand, one step at a time, its probes answered by the test and its clock stopped; then as it
+//! runs, asking servers over TCP that behave as badly as servers can.
+
+use std::net::SocketAddr;
+
+use serde_json::value::RawValue;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::oneshot,
+    time::{advance, sleep},
+};
+
+use super::*;
+use crate::{
+    backend::Refused,
+    discovery::{
+        Discovery as _, Incarnation,
+        fixed::{self, EndpointBuilder, FixedHandle},
+    },
+    fetch::FetchError,
+    probe::ProbeError,
+    table::{Lookup, TableReader, table},
+};
+
+struct Bench {
+    registry: Registry,
+    reader: TableReader,
+    ready: Arc<AtomicBool>,
+}
+
+fn bench(configure: impl FnOnce(&mut Config)) -> Bench {
+    let mut config = Config::from_vars([("", "")]).unwrap().0;
+    configure(&mut config);
+    let (publisher, reader) = table();
+    let ready = Arc::new(AtomicBool::new(false));
+    let (metrics, tasks) = (Arc::new(Metrics::default()), TaskTracker::new());
+    let registry = Registry::new(Arc::new(config), 1, "test", publisher, metrics, ready.clone(), tasks);
+    Bench { registry, reader, ready }
+}
+
+/// A container at an address where nobody is; what its own probe finds out is never read.
+fn container(name: &str) -> EndpointBuilder {
+    fixed::endpoint(name, SocketAddr::from(([127, 0, 0, 1], 9)))
+}
+
+fn upsert(endpoint: EndpointBuilder) -> Change {
+    Change::Upsert(Box::new(endpoint.into()))
+}
+
+fn refused() -> ProbeError {
+    ProbeError::NoAnswer {
+        path: "/models".to_owned(),
+        error: FetchError::Refused(SocketAddr::from(([127, 0, 0, 1], 9))),
+    }
+}
+
+impl Bench {
+    /// What [`Registry::run`] does after each input.
+    fn settle(&mut self) {
+        if std::mem::take(&mut self.registry.dirty) {
+            self.registry.publish();
+        }
+        self.registry.check_first_round();
+    }
+
+    fn change(&mut self, change: Change) {
+        self.registry.on_change(Ok(change));
+        self.settle();
+    }
+
+    /// The tag of the probe that is under way.
+    fn tag(&self, id: &str) -> (Incarnation, u64) {
+        let entry = &self.registry.entries[id];
+        (entry.endpoint.incarnation, entry.probe.as_ref().unwrap().serial)
+    }
+
+    fn answer_to(&mut self, id: &str, (incarnation, serial): (Incarnation, u64), models: &[&str]) {
+        let object = |id: &&str| ModelObject {
+            id: (*id).into(),
+            json: RawValue::from_string(format!(r#"{{"id":"{id}"}}"#)).unwrap(),
+            created: None,
+            root: None,
+            max_model_len: None,
+        };
+        let addr = self.registry.entries[id].endpoint.reach.as_ref().unwrap().targets[0];
+        let models: Vec<_> = models.iter().map(|id| Arc::new(object(id))).collect();
+        let outcome = if models.is_empty() { Err(refused()) } else { Ok(Listing { addr, models }) };
+        self.registry.on_answer(Answer { id: id.into(), incarnation, serial, outcome });
+        self.settle();
+    }
+
+    /// The backend answers its probe with these models; it refuses if there are none.
+    fn answer(&mut self, id: &str, models: &[&str]) {
+        self.answer_to(id, self.tag(id), models);
+    }
+
+    async fn pass(&mut self, time: Duration) {
+        advance(time).await;
+        self.registry.on_deadlines();
+        self.settle();
+    }
+
+    /// `model: containers`, sorted by model; a dash where none is ready.
+    fn table(&self) -> Vec<String> {
+        let table = self.reader.snapshot();
+        let line = |route: &&Route| {
+            let names: Vec<&str> = route.members.iter().map(|m| m.backend.spec.name.as_str()).collect();
+            let names = if names.is_empty() { "-".to_owned() } else { names.join(" ") };
+            format!("{}: {names}", route.model.id)
+        };
+        table.routes().iter().map(line).collect()
+    }
+
+    fn member(&self, model: &str) -> Arc<Member> {
+        match self.reader.snapshot().lookup(model) {
+            Lookup::Ready(route) => route.members[0].clone(),
+            other => panic!("{model} must be ready, not {other:?}"),
+        }
+    }
+
+    fn why_not_ready(&self, model: &str) -> &'static str {
+        match self.reader.snapshot().lookup(model) {
+            Lookup::NoneReady(route) => route.why_not_ready,
+            other => panic!("{model} must be known and not ready, not {other:?}"),
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness_waits_for_the_first_scan_and_its_probes() {
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    bench.answer("a", &["m"]);
+    assert_eq!(bench.table(), ["m: a"]);
+    assert!(!bench.is_ready(), "there may be more that has not been seen");
+
+    let all = ["a", "b", "c", "d"].map(container);
+    let starting = container("e").health(Health::Starting);
+    bench.change(Change::Reset(all.into_iter().chain([starting]).map(Into::into).collect()));
+    assert!(!bench.is_ready());
+    bench.answer("a", &["m"]);
+    bench.answer("b", &["n"]);
+    assert!(!bench.is_ready());
+    bench.answer("c", &[]);
+    assert!(!bench.is_ready(), "a refusal is an answer, but one is still missing");
+    bench.change(Change::Ended("d".into()));
+    assert!(bench.is_ready(), "who has ended or is not to be asked is not waited for");
+}
+
+#[tokio::test(start_paused = true)]
+async fn readiness_does_not_wait_for_ever() {
+    let mut bench = bench(|_| {});
+    bench.change(Change::Reset(vec![container("a").into()]));
+    let wake_at = bench.registry.next_deadline().unwrap();
+    assert_eq!(wake_at - Instant::now(), FIRST_PROBES);
+    bench.pass(FIRST_PROBES - Duration::from_millis(1)).await;
+    assert!(!bench.is_ready());
+    bench.pass(Duration::from_millis(1)).await;
+    assert!(bench.is_ready());
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_about_what_has_been_change_nothing() {
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a").incarnation(1)));
+    let first_run = bench.tag("a");
+    bench.change(upsert(container("a").incarnation(2)));
+    bench.answer_to("a", first_run, &["old"]);
+    assert_eq!(bench.table(), [""; 0]);
+    bench.change(upsert(container("a").incarnation(1).health(Health::Unhealthy)));
+    bench.answer("a", &["m"]);
+    assert_eq!(bench.table(), ["m: a"], "a late look at the earlier run is not news");
+
+    // The same run, an earlier probing of it.
+    let tag = bench.tag("a");
+    bench.change(upsert(container("a").incarnation(2).health(Health::Unhealthy)));
+    bench.answer_to("a", tag, &["m"]);
+    bench.change(upsert(container("a").incarnation(2).health(Health::Healthy)));
+    bench.answer_to("a", tag, &["m"]);
+    assert_eq!(bench.table(), ["m: -"]);
+    bench.answer("a", &["m"]);
+    assert_eq!(bench.table(), ["m: a"]);
+
+    // An answer that was on its way when the notice to stop came.
+    let tag = bench.tag("a");
+    bench.change(Change::Stopping("a".into()));
+    bench.answer_to("a", tag, &["m"]);
+    assert_eq!((bench.table(), bench.why_not_ready("m")), (vec!["m: -".to_owned()], "it is stopping"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn models_of_a_container_come_change_and_go_together() {
+    let mut bench = bench(|config| config.model_grace = Duration::from_secs(60));
+    bench.change(upsert(container("a")));
+    bench.answer("a", &["x", "y", "z"]);
+    assert_eq!(bench.table(), ["x: a", "y: a", "z: a"]);
+    let y = bench.member("y");
+    bench.answer("a", &["w", "x", "y"]);
+    assert_eq!(bench.table(), ["w: a", "x: a", "y: a", "z: -"]);
+    assert!(Arc::ptr_eq(&y, &bench.member("y")), "one that stays keeps its place and its count");
+    let generation = bench.reader.snapshot().generation;
+    bench.answer("a", &["w", "x", "y"]);
+    assert_eq!(bench.reader.snapshot().generation, generation, "nothing new, no new table");
+
+    bench.change(Change::Stopping("a".into()));
+    assert_eq!(y.try_acquire().unwrap_err(), Refused::Closed, "whatever snapshot a request holds");
+    assert_eq!(bench.table(), ["w: -", "x: -", "y: -", "z: -"]);
+    assert_eq!(bench.reader.snapshot().openai_list(), r#"{"object":"list","data":[]}"#);
+
+    bench.pass(Duration::from_secs(20)).await;
+    bench.change(Change::Ended("a".into()));
+    assert_eq!(bench.why_not_ready("x"), "its container has gone");
+    bench.pass(Duration::from_secs(40)).await;
+    assert_eq!(bench.table(), ["w: -", "x: -", "y: -"], "each has its grace from when it went");
+    bench.pass(Duration::from_secs(20)).await;
+    assert_eq!(bench.table(), [""; 0]);
+    assert_eq!(bench.registry.next_deadline(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn replicas_share_a_model_or_the_newest_takes_all() {
+    for (same_model, both) in [(SameModel::Balance, "m: b a"), (SameModel::Newest, "m: a")] {
+        let mut bench = bench(|config| config.same_model = same_model);
+        for id in ["a", "b"] {
+            bench.change(upsert(container(id)));
+        }
+        // Newest is who became ready last, whatever their ids and whoever was seen last.
+        bench.answer("b", &["m", "only-b"]);
+        bench.answer("a", &["m"]);
+        assert_eq!(bench.table(), [both, "only-b: b"]);
+        bench.change(Change::Stopping("a".into()));
+        assert_eq!(bench.table(), ["m: b", "only-b: b"], "the other one takes over at once");
+        bench.change(Change::Ended("a".into()));
+        bench.change(Change::Ended("b".into()));
+        assert_eq!(bench.table(), ["m: -", "only-b: -"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_survive_what_their_backend_survives() {
+    let mut bench = bench(|config| config.drain_timeout = Duration::from_secs(30));
+    let (healthy, unhealthy) = (|| container("a").health(Health::Healthy), container("a").health(Health::Unhealthy));
+    bench.change(upsert(healthy()));
+    bench.answer("a", &["m"]);
+    let member = bench.member("m");
+    let request = member.try_acquire().unwrap();
+
+    // Discovery begins again: nothing that is still there is touched.
+    bench.registry.on_change(Err(DiscoveryError { what: "the engine is away".to_owned(), advice: "wait".to_owned() }));
+    bench.settle();
+    let status = bench.registry.status();
+    assert!(!status.discovery.connected && status.discovery.error.is_some());
+    assert_eq!(bench.table(), ["m: a"]);
+    bench.change(Change::Reset(vec![healthy().into()]));
+    assert!(bench.registry.status().discovery.connected);
+    assert!(Arc::ptr_eq(&member, &bench.member("m")));
+    assert_eq!(request.backend().in_flight(), 1);
+
+    // Unhealthy and healthy again: the same backend with the same requests, also long after the deadline.
+    bench.change(upsert(unhealthy.clone()));
+    assert_eq!(member.try_acquire().unwrap_err(), Refused::Closed);
+    assert_eq!(bench.why_not_ready("m"), "it is unhealthy");
+    bench.pass(Duration::from_secs(29)).await;
+    bench.change(upsert(healthy()));
+    bench.answer("a", &["m"]);
+    bench.pass(Duration::from_secs(3_600)).await;
+    assert!(Arc::ptr_eq(&member, &bench.member("m")) && member.try_acquire().is_ok());
+
+    // Unhealthy for too long: cut, and what comes back later is another backend.
+    bench.change(upsert(unhealthy));
+    bench.pass(Duration::from_secs(30)).await;
+    assert!(bench.reader.snapshot().backends().is_empty());
+    bench.change(upsert(healthy()));
+    bench.answer("a", &["m"]);
+    assert!(!Arc::ptr_eq(&member.backend, &bench.member("m").backend) && member.backend.is_closed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_address_is_another_backend() {
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    bench.answer("a", &["m"]);
+    let before = bench.member("m");
+    let moved = SocketAddr::from(([127, 0, 0, 1], 10));
+    bench.change(upsert(fixed::endpoint("a", moved)));
+    assert!(before.backend.is_closed());
+    assert_eq!(bench.table(), ["m: -"]);
+    bench.answer("a", &["m"]);
+    assert_eq!(bench.member("m").backend.spec.addr, moved);
+}
+
+#[tokio::test(start_paused = true)]
+async fn missed_models_are_looked_for_once_a_second_at_most() {
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    bench.answer("a", &["m"]);
+    let (handle, nudge, _stop) = ProbeHandle::new(99);
+    bench.registry.entries.get_mut("a").unwrap().probe = Some(handle);
+    let asked = || nudge.notified().now_or_never().is_some();
+
+    bench.registry.on_miss();
+    assert!(!asked(), "it has just answered");
+    bench.pass(EARLY_REFRESH).await;
+    assert!(asked(), "but somebody missed a model since");
+    bench.pass(EARLY_REFRESH).await;
+    bench.registry.on_miss();
+    assert!(asked(), "the first one after a while at once");
+    for _ in 0..100 {
+        bench.registry.on_miss();
+    }
+    assert!(!asked());
+    assert_eq!(bench.registry.next_deadline(), Some(Instant::now() + EARLY_REFRESH));
+    bench.pass(EARLY_REFRESH - Duration::from_millis(1)).await;
+    assert!(!asked());
+    bench.pass(Duration::from_millis(1)).await;
+    assert!(asked(), "and one for all of those after a second");
+    bench.pass(Duration::from_secs(10)).await;
+    assert!(!asked() && bench.registry.next_deadline().is_none());
+    bench.registry.on_miss();
+    assert!(asked(), "at once again after a quiet time");
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_a_health_check_nothing_is_routed_where_one_is_required() {
+    let mut bench = bench(|config| config.require_healthcheck = true);
+    bench.change(Change::Reset(vec![container("a").into(), container("b").health(Health::Healthy).into()]));
+    bench.answer("b", &["m"]);
+    assert!(bench.registry.entries["a"].probe.is_none());
+    let reason = bench.registry.status().containers[0].reason.clone().unwrap();
+    assert!(reason.contains("PROXY_REQUIRE_HEALTHCHECK"), "{reason}");
+    assert_eq!(bench.table(), ["m: b"]);
+}
+
+// === as it runs ===
+
+/// A registry at work, fed by hand.
+struct Live {
+    fixed: FixedHandle,
+    reader: TableReader,
+    asks: mpsc::Sender<Ask>,
+}
+
+fn live(configure: impl FnOnce(&mut Config)) -> Live {
+    let Bench { registry, reader, .. } = bench(configure);
+    let (discovery, fixed) = fixed::channel();
+    let (asks, asked) = mpsc::channel(1);
+    tokio::spawn(registry.run(Box::new(discovery).changes(), asked));
+    Live { fixed, reader, asks }
+}
+
+impl Live {
+    async fn status(&self, name: &str) -> ContainerStatus {
+        let (reply, status) = oneshot::channel();
+        self.asks.send(Ask::Status(reply)).await.unwrap();
+        let mut containers = status.await.unwrap().containers.into_iter();
+        containers.find(|container| container.name == name).unwrap()
+    }
+
+    /// Waits until the container is as `condition` wants it.
+    async fn until(&self, name: &str, condition: impl Fn(&ContainerStatus) -> bool) -> ContainerStatus {
+        let waiting = async {
+            loop {
+                match self.status(name).await {
+                    status if condition(&status) => return status,
+                    _ => sleep(Duration::from_millis(1)).await,
+                }
+            }
+        };
+        let waited = timeout(Duration::from_secs(30), waiting).await;
+        waited.unwrap_or_else(|_| panic!("{name} never got there"))
+    }
+
+    fn is_routed(&self, model: &str) -> bool {
+        matches!(self.reader.snapshot().lookup(model), Lookup::Ready(_))
+    }
+}
+
+/// A server that answers 404 to everything but `/v1/models`, which `answer` takes over: the connection, and how many
+/// asked before.
+async fn server<F: Future<Output = ()> + Send + 'static>(
+    answer: impl Fn(TcpStream, usize) -> F + Send + 'static,
+) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut asked = 0;
+        while let Ok((mut connection, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                match connection.read_u8().await {
+                    Ok(byte) => head.push(byte),
+                    Err(_) => break,
+                }
+            }
+            if head.starts_with(b"GET /v1/models ") {
+                tokio::spawn(answer(connection, asked));
+                asked += 1;
+            } else {
+                let _ = connection.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
+            }
+        }
+    });
+    addr
+}
+
+fn ok(body: &str) -> Vec<u8> {
+    format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+/// A server that always answers with these bytes.
+async fn saying(bytes: Vec<u8>) -> SocketAddr {
+    let bytes = Arc::new(bytes);
+    server(move |mut connection, _| {
+        let bytes = bytes.clone();
+        async move {
+            let _ = connection.write_all(&bytes).await;
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn what_a_server_learns_is_found_when_somebody_asks_for_it() {
+    let addr = server(|mut connection, asked| async move {
+        let models = [r#"{"data":[{"id":"m"}]}"#, r#"{"data":[{"id":"m"},{"id":"lora"}]}"#];
+        let _ = connection.write_all(&ok(models[asked.min(1)])).await;
+    })
+    .await;
+    let live = live(|config| config.models_refresh = Duration::from_secs(3_600));
+    live.fixed.upsert(fixed::endpoint("a", addr)).await;
+    live.until("a", |a| a.state == "ready").await;
+    assert!(live.is_routed("m") && !live.is_routed("lora"));
+    live.reader.report_miss();
+    live.until("a", |a| a.models.len() == 2).await;
+    assert!(live.is_routed("lora"));
+}
+
+#[tokio::test]
+async fn a_server_that_never_answers_delays_no_other() {
+    let (hung, mut hanging) = mpsc::channel(1);
+    let silent = server(move |connection, _| {
+        let hung = hung.clone();
+        async move { hung.send(connection).await.unwrap() }
+    })
+    .await;
+    let good = saying(ok(r#"{"data":[{"id":"m"}]}"#)).await;
+    let live = live(|_| {});
+    live.fixed.upsert(fixed::endpoint("silent", silent)).await;
+    let _connection = hanging.recv().await.unwrap();
+    live.fixed.upsert(fixed::endpoint("good", good)).await;
+    live.until("good", |good| good.state == "ready").await;
+    live.fixed.stopping("good").await;
+    live.until("good", |good| good.state == "draining").await;
+    assert!(!live.is_routed("m"));
+    let reason = live.status("silent").await.reason;
+    let waiting = "it is being asked for its models";
+    assert_eq!(reason.as_deref(), Some(waiting), "all of that came before its first time-out");
+}
+
+#[tokio::test]
+async fn hostile_answers_register_nothing_and_are_bounded() {
+    let followed = Arc::new(AtomicBool::new(false));
+    let note = followed.clone();
+    let elsewhere = server(move |_, _| {
+        note.store(true, Ordering::Release);
+        std::future::ready(())
+    })
+    .await;
+    let listing = |ids: usize| {
+        let ids: Vec<String> = (0..ids).map(|n| format!(r#"{{"id":"{n}"}}"#)).collect();
+        format!(r#"{{"data":[{}]}}"#, ids.join(","))
+    };
+    let huge = format!(r#"{{"data":[{{"id":"m","pad":"{}"}}]}}"#, "x".repeat(50_000_000));
+    let redirect = format!("HTTP/1.1 302 Found\r\nlocation: http://{elsewhere}/v1/models\r\ncontent-length: 0\r\n\r\n");
+    let endless = server(|mut connection, _| async move {
+        let _ = connection.write_all(b"HTTP/1.1 200 OK\r\n\r\n{\"data\":[").await;
+        while connection.write_all(&[b' '; 64 * 1024]).await.is_ok() {}
+    });
+    let slow = server(|mut connection, _| async move {
+        let _ = connection.write_all(b"HTTP/1.1 200 OK\r\n\r\n{\"data\":[").await;
+        while connection.write_all(b" ").await.is_ok() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let control = "{\"data\":[{\"id\":\"m\\u001b[2J\"}]}";
+    let servers = [
+        ("huge", saying(ok(&huge)).await, "more than"),
+        ("endless", endless.await, "more than"),
+        ("slow", slow.await, "no complete answer"),
+        ("redirect", saying(redirect.into_bytes()).await, "302"),
+        ("html", saying(ok("<!doctype html><html></html>")).await, "JSON"),
+        ("many", saying(ok(&listing(100_000))).await, "more than"),
+        ("too many", saying(ok(&listing(2_000))).await, "at most 1024"),
+        ("control", saying(ok(control)).await, "control"),
+        ("empty", saying(ok(r#"{"data":[]}"#)).await, "empty"),
+        ("cut", saying(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".to_vec()).await, "broke"),
+        ("no-http", saying(b"SSH-2.0-OpenSSH\r\n".to_vec()).await, "broke"),
+    ];
+    let live = live(|_| {});
+    for (name, addr, _) in &servers {
+        live.fixed.upsert(fixed::endpoint(name, *addr)).await;
+    }
+    let began = std::time::Instant::now();
+    for (name, _, why) in &servers {
+        let asked = |status: &ContainerStatus| status.reason.as_deref() != Some("it is being asked for its models");
+        let status = live.until(name, asked).await;
+        assert_eq!(status.state, "probing", "{name}");
+        let reason = status.reason.unwrap_or_default();
+        assert!(reason.contains(why) && reason.len() < 300, "{name}: {reason}");
+        assert!(!reason.contains('\u{1b}'), "{name}: {reason}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    assert!(live.reader.snapshot().routes().is_empty());
+    assert!(!followed.load(Ordering::Acquire), "a redirect was followed");
+}

@@ -1,0 +1,364 @@
+//! Finds the routing key, `model`, in a request body while the body goes by.
+//!
+//! Clients name the model first, after twenty megabytes of messages, or behind a file in a form. So the key is looked
+//! for in the stream, without holding the body: a scanner takes chunks cut anywhere, keeps a few hundred bytes, and
+//! tells the model as soon as its value is complete. It then reads on to the last byte, because servers obey the *last*
+//! `model` of a body: a proxy that stopped at the first could be talked into sending a request to a backend under one
+//! name and having it served under another. Two values that differ are an error however late the second comes, and a
+//! body that parsers are known to read in two ways is refused rather than guessed at.
+//!
+//! This module knows nothing of HTTP, tables or backends: bytes go in, a name or a reason comes out. `json` holds
+//! the grammar of JSON (RFC 8259) as far as it can move a key, `multipart` that of forms (RFC 7578).
+
+mod json;
+mod multipart;
+
+use json::JsonScanner;
+use multipart::FormScanner;
+
+/// The longest model name, in bytes after unescaping. The longest in use are paths and repository ids of some 200.
+pub const MODEL_LIMIT_BYTES: usize = 1024;
+
+/// The name of the key in an object, and of the field in a form.
+const KEY: &[u8] = b"model";
+
+/// Finds the routing key in a request body that arrives in chunks.
+#[derive(Debug)]
+pub struct ModelScanner {
+    format: Format,
+    /// The first error. It is final: the bytes behind it have not been read.
+    failure: Option<ScanError>,
+}
+
+#[derive(Debug)]
+enum Format {
+    Json(JsonScanner),
+    Form(Box<FormScanner>),
+}
+
+/// Why a body names no model that could be routed by. Every one of them is the client's error: status 400.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ScanError {
+    /// The body is not JSON text, or ends before its object does.
+    #[error("request body is not valid JSON: {why} at byte {offset}")]
+    InvalidJson {
+        /// What was wrong or expected.
+        why: &'static str,
+        /// Where in the body, counted from 0.
+        offset: u64,
+    },
+    /// The body is JSON, but an array, a string, a number or a literal.
+    #[error("request body must be a JSON object")]
+    NotAnObject,
+    /// The body is not the multipart form that its Content-Type announces, or one that servers read in different ways.
+    #[error("request body is not a valid multipart form: {why}")]
+    InvalidForm {
+        /// What was wrong or expected.
+        why: &'static str,
+    },
+    /// The body is complete and well-formed, or empty, and has no `model`.
+    #[error("request body names no `model`")]
+    ModelMissing,
+    /// The value of `model` is a number, a literal, an array or an object.
+    #[error("`model` must be a string")]
+    ModelNotAString,
+    /// The value of `model` is the empty string.
+    #[error("`model` must not be empty")]
+    ModelEmpty,
+    /// The value of `model` is longer than any model's name.
+    #[error("`model` must not be longer than {limit} bytes")]
+    ModelTooLong {
+        /// How long it may be, in bytes.
+        limit: usize,
+    },
+    /// `model` is there more than once and the values are not the same.
+    #[error("`model` is named twice, as {first:?} and as {second:?}")]
+    ModelsDiffer {
+        /// The value that [`ModelScanner::model`] told.
+        first: String,
+        /// The next one that was not the same.
+        second: String,
+    },
+}
+
+/// The values of `model` met so far: the one being read and the one that was read first.
+#[derive(Debug, Default)]
+struct ModelValue {
+    reading: Vec<u8>,
+    first: Option<String>,
+}
+
+// === impl ModelScanner ===
+
+impl ModelScanner {
+    /// A scanner for a JSON body.
+    pub fn json() -> Self {
+        Self::new(Format::Json(JsonScanner::default()))
+    }
+
+    /// The scanner for a request with this Content-Type: the one for forms if it is `multipart/form-data`, the one for
+    /// JSON for everything else and for none, as clients send JSON under any name.
+    ///
+    /// The caller has to make sure that there is one Content-Type line only, since servers differ in which of two they
+    /// believe.
+    ///
+    /// # Errors
+    ///
+    /// [`ScanError::InvalidForm`] for a form without a usable boundary, or in a charset other than UTF-8.
+    pub fn for_content_type(content_type: Option<&[u8]>) -> Result<Self, ScanError> {
+        match content_type.map(FormScanner::for_content_type).transpose()?.flatten() {
+            Some(form) => Ok(Self::new(Format::Form(Box::new(form)))),
+            None => Ok(Self::json()),
+        }
+    }
+
+    /// Reads the next chunk. Chunks may be cut anywhere; how they are cut changes no result.
+    ///
+    /// # Errors
+    ///
+    /// As soon as the body can no longer be routed. Errors are final: every later call returns the same one.
+    pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        self.unless_failed(|format| match format {
+            Format::Json(json) => json.feed(chunk),
+            Format::Form(form) => form.feed(chunk),
+        })
+    }
+
+    /// The model, as soon as its value has been read completely; `None` after an error.
+    ///
+    /// Until [`finish`](Self::finish) has succeeded it is a promise that may still be broken: who sends bytes to a
+    /// backend on the strength of it must keep back the end of the body, and abort when a later call fails.
+    pub fn model(&self) -> Option<&str> {
+        match (&self.failure, &self.format) {
+            (Some(_), _) => None,
+            (None, Format::Json(json)) => json.model(),
+            (None, Format::Form(form)) => form.model(),
+        }
+    }
+
+    /// Ends the body. If this succeeds, [`model`](Self::model) is the one and only model that the body names.
+    ///
+    /// # Errors
+    ///
+    /// [`ScanError::ModelMissing`] if the body was complete, or empty, without a model; [`ScanError::InvalidJson`] or
+    /// [`ScanError::InvalidForm`] if it was cut off; else the error that an earlier call returned.
+    pub fn finish(&mut self) -> Result<(), ScanError> {
+        self.unless_failed(|format| match format {
+            Format::Json(json) => json.finish(),
+            Format::Form(form) => form.finish(),
+        })
+    }
+
+    fn new(format: Format) -> Self {
+        Self { format, failure: None }
+    }
+
+    fn unless_failed(&mut self, act: impl FnOnce(&mut Format) -> Result<(), ScanError>) -> Result<(), ScanError> {
+        if self.failure.is_none() {
+            self.failure = act(&mut self.format).err();
+        }
+        self.failure.clone().map_or(Ok(()), Err)
+    }
+}
+
+// === impl ScanError ===
+
+impl ScanError {
+    /// The `error.code` of the answer.
+    ///
+    /// There are two: `model_required` where the body could be read and its `model` is no name, `invalid_json` where it
+    /// could not be read, or in two ways. The latter also stands for broken forms and for models that differ.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::ModelMissing | Self::ModelNotAString | Self::ModelEmpty | Self::ModelTooLong { .. } => {
+                "model_required"
+            }
+            Self::InvalidJson { .. } | Self::NotAnObject | Self::InvalidForm { .. } | Self::ModelsDiffer { .. } => {
+                "invalid_json"
+            }
+        }
+    }
+}
+
+// === impl ModelValue ===
+
+impl ModelValue {
+    /// Adds to the value being read. Two bytes more than the limit may be held: a form's value is followed by the line
+    /// end of its boundary, which is known as such only later.
+    fn push(&mut self, bytes: &[u8]) -> Result<(), ScanError> {
+        if self.reading.len() + bytes.len() > MODEL_LIMIT_BYTES + 2 {
+            return Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES });
+        }
+        self.reading.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Ends the value being read: it becomes the first one, or has to equal it. `not_utf8` is the error if it is not
+    /// UTF-8.
+    fn complete(&mut self, not_utf8: ScanError) -> Result<(), ScanError> {
+        if self.reading.is_empty() {
+            return Err(ScanError::ModelEmpty);
+        }
+        if self.reading.len() > MODEL_LIMIT_BYTES {
+            return Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES });
+        }
+        let value = String::from_utf8(std::mem::take(&mut self.reading)).map_err(|_| not_utf8)?;
+        match &self.first {
+            None => self.first = Some(value),
+            Some(first) if *first == value => {}
+            Some(first) => {
+                return Err(ScanError::ModelsDiffer { first: first.clone(), second: value });
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the body.
+    fn finish(&self) -> Result<(), ScanError> {
+        self.first.as_ref().map(|_| ()).ok_or(ScanError::ModelMissing)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::sample::Index;
+
+    use super::*;
+
+    /// Feeds a body and ends it.
+    pub(super) fn scan<'a>(
+        mut scanner: ModelScanner,
+        chunks: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Result<String, ScanError> {
+        for chunk in chunks {
+            scanner.feed(chunk)?;
+        }
+        scanner.finish()?;
+        Ok(scanner.model().expect("a scanner that finished must know the model").to_owned())
+    }
+
+    /// Scans a body in one piece, in two pieces, and byte by byte, which must all come to the same. Two pieces means cut
+    /// everywhere, but for the middle of long bodies.
+    pub(super) fn scan_cut_everywhere(scanner: impl Fn() -> ModelScanner, body: &[u8]) -> Result<String, ScanError> {
+        let whole = scan(scanner(), [body]);
+        for at in (0..=body.len()).filter(|&at| at < 200 || body.len() - at < 200) {
+            let (head, tail) = body.split_at(at);
+            assert_eq!(scan(scanner(), [head, tail]), whole, "{} cut at {at}", body.escape_ascii());
+        }
+        assert_eq!(scan(scanner(), body.chunks(1)), whole, "{} byte by byte", body.escape_ascii());
+        whole
+    }
+
+    /// Cuts a body in some places.
+    pub(super) fn cut<'a>(body: &'a [u8], cuts: &[Index]) -> Vec<&'a [u8]> {
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(body.len() + 1)).collect();
+        cuts.sort_unstable();
+        cuts.push(body.len());
+        let mut start = 0;
+        cuts.into_iter().map(|end| &body[std::mem::replace(&mut start, end)..end]).collect()
+    }
+
+    /// What a scanner has to say of a body in which some other reader found these values of `model`.
+    pub(super) fn expected(values: impl IntoIterator<Item = Result<String, ScanError>>) -> Result<String, ScanError> {
+        let mut model: Option<String> = None;
+        for value in values {
+            let value = value?;
+            match &model {
+                _ if value.is_empty() => return Err(ScanError::ModelEmpty),
+                Some(first) if *first != value => {
+                    return Err(ScanError::ModelsDiffer { first: first.clone(), second: value });
+                }
+                _ => model = Some(value),
+            }
+        }
+        model.ok_or(ScanError::ModelMissing)
+    }
+
+    #[test]
+    fn content_type_picks_the_format() {
+        let json = br#"{"model":"m"}"#;
+        for content_type in [
+            None,
+            Some("application/json"),
+            Some("text/plain; boundary=B"),
+            Some("multipart/mixed; boundary=B"),
+            Some(""),
+            Some("\""),
+        ] {
+            let scanner = ModelScanner::for_content_type(content_type.map(str::as_bytes));
+            assert_eq!(scanner.and_then(|scanner| scan(scanner, [&json[..]])), Ok("m".to_owned()), "{content_type:?}");
+        }
+
+        let longest = "b".repeat(70);
+        for (parameters, boundary) in [
+            ("; boundary=B", "B"),
+            (" ;charset=UTF-8;  BOUNDARY=\"B\" ; ", "B"),
+            ("; boundary=\"a b\"; x=\"; boundary=B\"", "a b"),
+            ("; boundary=----=_Part_1.2", "----=_Part_1.2"),
+            (&format!("; boundary={longest}"), &longest),
+        ] {
+            let content_type = format!("Multipart/Form-Data{parameters}");
+            let body = format!("--{boundary}\r\nContent-Disposition: form-data; name=model\r\n\r\nm\r\n--{boundary}--");
+            let scanner = ModelScanner::for_content_type(Some(content_type.as_bytes()));
+            assert_eq!(
+                scanner.and_then(|scanner| scan(scanner, [body.as_bytes()])),
+                Ok("m".to_owned()),
+                "{parameters}"
+            );
+        }
+
+        for parameters in [
+            "",
+            "; charset=utf-8",
+            "; boundary=",
+            "; boundary=\"\"",
+            "; boundary=\"a \"",
+            "; boundary=\"a\\b\"",
+            "; boundary=a*b",
+            "; boundary=\"B",
+            "; boundary=B; boundary=B",
+            "; boundary=B; boundary*=utf-8''C",
+            "; boundary=B; charset=utf-16",
+            &format!("; boundary={longest}b"),
+        ] {
+            let content_type = format!("multipart/form-data{parameters}");
+            let refused = ModelScanner::for_content_type(Some(content_type.as_bytes()));
+            assert!(matches!(refused, Err(ScanError::InvalidForm { .. })), "{parameters}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn errors_are_final() {
+        let mut scanner = ModelScanner::json();
+        assert_eq!(scanner.feed(br#"{"model":"a","#), Ok(()));
+        assert_eq!(scanner.model(), Some("a"));
+        let differ = Err(ScanError::ModelsDiffer { first: "a".to_owned(), second: "b".to_owned() });
+        assert_eq!(scanner.feed(br#""model":"b""#), differ);
+        assert_eq!(scanner.model(), None);
+        assert_eq!(scanner.feed(b"}"), differ);
+        assert_eq!(scanner.finish(), differ);
+
+        let mut scanner = ModelScanner::json();
+        assert_eq!(scanner.finish(), Err(ScanError::ModelMissing));
+        assert_eq!(scanner.feed(br#"{"model":"a"}"#), Err(ScanError::ModelMissing));
+    }
+
+    #[test]
+    fn every_error_has_a_code() {
+        let text = String::new;
+        for (error, code) in [
+            (ScanError::ModelMissing, "model_required"),
+            (ScanError::ModelNotAString, "model_required"),
+            (ScanError::ModelEmpty, "model_required"),
+            (ScanError::ModelTooLong { limit: 1 }, "model_required"),
+            (ScanError::NotAnObject, "invalid_json"),
+            (ScanError::InvalidJson { why: "", offset: 0 }, "invalid_json"),
+            (ScanError::InvalidForm { why: "" }, "invalid_json"),
+            (ScanError::ModelsDiffer { first: text(), second: text() }, "invalid_json"),
+        ] {
+            assert_eq!(error.code(), code, "{error:?}");
+        }
+        let error = ScanError::InvalidJson { why: "expected a colon", offset: 7 };
+        assert_eq!(error.to_string(), "request body is not valid JSON: expected a colon at byte 7");
+    }
+}

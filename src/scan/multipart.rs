@@ -1,0 +1,665 @@
+//! The field `model` of the multipart form that is a request body (RFC 7578, whose framing is RFC 2046, section 5.1).
+//!
+//! A form is cut at the boundary that its Content-Type announces, and nothing else of it is looked at but the headers
+//! of its parts and the value of `model`. Files pass through one substring search and are never held.
+//!
+//! Form readers are far less alike than JSON parsers. Where they are known to differ in what the fields of a body are,
+//! this one refuses the body, for a field that it missed could be the one that a backend obeys: a boundary that is not
+//! a line of its own or not ended by CR LF, header lines that are folded or end in a bare LF, a part with no name, two
+//! names, an escaped one, or `name*` (Starlette takes it for the name or ignores it, depending on the version of its
+//! parser). The clients of inference APIs send none of these. `filename*` does no harm and is ignored, and so is what
+//! stands in front of the first boundary and behind the last.
+//!
+//! A part named `model` with a file name counts as the field: servers keep it under that name too, so that it displaces
+//! a `model` in front of it.
+
+use memchr::memchr;
+use memchr::memmem::Finder;
+
+use super::{KEY, ModelValue, ScanError};
+
+/// The longest boundary (RFC 2046, section 5.1.1).
+const BOUNDARY_LIMIT_BYTES: usize = 70;
+
+/// How many bytes the headers of one part may have, and how many lines. Clients send two or three short ones.
+const HEADERS_LIMIT_BYTES: usize = 8 * 1024;
+const HEADERS_LIMIT_LINES: usize = 32;
+
+/// How many parts a form may have. Starlette, which vLLM and SGLang are built on, takes 1000 fields and 1000 files.
+const PARTS_LIMIT: usize = 1000;
+
+/// Reads one form for its `model`.
+#[derive(Debug)]
+pub(super) struct FormScanner {
+    state: State,
+    /// Finds `--boundary`.
+    boundary: Finder<'static>,
+    parts: usize,
+    model: ModelValue,
+}
+
+/// What is being read.
+#[derive(Debug)]
+enum State {
+    Content(Content),
+    /// The two bytes behind a boundary; the first of them, once it is there.
+    AfterBoundary(Option<u8>),
+    Headers(Headers),
+    /// Anything: the form has ended.
+    Epilogue,
+}
+
+/// The bytes in front of a boundary: those of a part, or of nothing in front of the first.
+#[derive(Debug)]
+struct Content {
+    /// Whether they are a value of `model`.
+    model: bool,
+    /// The last two bytes of it, not counting those withheld.
+    last: [u8; 2],
+    /// How many bytes more were read. They equal the start of the boundary, and whether they are one or content is for
+    /// the next bytes to say.
+    withheld: usize,
+}
+
+/// The headers of a part, as far as they have been read.
+#[derive(Debug, Default)]
+struct Headers {
+    line: Vec<u8>,
+    bytes: usize,
+    lines: usize,
+    /// Whether the name of the part is `model`; `None` while it is not known.
+    model: Option<bool>,
+    /// Whether the content has to be decoded to be read.
+    encoded: bool,
+}
+
+// === impl FormScanner ===
+
+impl FormScanner {
+    /// The scanner for a body of this Content-Type; `None` if that is not `multipart/form-data`.
+    pub(super) fn for_content_type(content_type: &[u8]) -> Result<Option<Self>, ScanError> {
+        let (media_type, parameters) = split_header_value(content_type);
+        if !media_type.eq_ignore_ascii_case(b"multipart/form-data") {
+            return Ok(None);
+        }
+        // Starlette decodes the fields by it.
+        if let Some(charset) = parameter(parameters, b"charset")?
+            && !charset.eq_ignore_ascii_case(b"utf-8")
+            && !charset.eq_ignore_ascii_case(b"us-ascii")
+        {
+            return Err(invalid("its charset is not UTF-8"));
+        }
+        match parameter(parameters, b"boundary")? {
+            Some(boundary) if is_boundary(boundary) => Ok(Some(Self::new(boundary))),
+            Some(_) => Err(invalid("its boundary is not 1 to 70 of the characters that RFC 2046 allows")),
+            None => Err(invalid("its Content-Type has no boundary")),
+        }
+    }
+
+    fn new(boundary: &[u8]) -> Self {
+        Self {
+            // A body may begin with its boundary: it is read as if a line had ended in front of it.
+            state: State::Content(Content { model: false, last: *b"\r\n", withheld: 0 }),
+            boundary: Finder::new(&[b"--", boundary].concat()).into_owned(),
+            parts: 0,
+            model: ModelValue::default(),
+        }
+    }
+
+    pub(super) fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        let mut rest = chunk;
+        while !rest.is_empty() {
+            let used = self.step(rest)?;
+            rest = &rest[used..];
+        }
+        Ok(())
+    }
+
+    pub(super) fn model(&self) -> Option<&str> {
+        self.model.first.as_deref()
+    }
+
+    pub(super) fn finish(&self) -> Result<(), ScanError> {
+        match self.state {
+            State::Epilogue => self.model.finish(),
+            _ => Err(invalid("the body ends before its last boundary")),
+        }
+    }
+
+    /// Reads as much as belongs together; returns the number of bytes read.
+    fn step(&mut self, rest: &[u8]) -> Result<usize, ScanError> {
+        match &mut self.state {
+            State::Content(content) => {
+                let Some(used) = content.read(rest, &self.boundary, &mut self.model)? else {
+                    return Ok(rest.len());
+                };
+                content.end(&mut self.model)?;
+                self.state = State::AfterBoundary(None);
+                Ok(used)
+            }
+            State::AfterBoundary(first) => {
+                self.state = match (*first, rest[0]) {
+                    (None, byte) => State::AfterBoundary(Some(byte)),
+                    (Some(b'-'), b'-') => State::Epilogue,
+                    (Some(b'\r'), b'\n') if self.parts == PARTS_LIMIT => return Err(invalid("it has too many parts")),
+                    (Some(b'\r'), b'\n') => State::Headers(Headers::default()),
+                    _ => return Err(invalid("a boundary is not followed by a line end")),
+                };
+                Ok(1)
+            }
+            State::Headers(headers) => {
+                let used = headers.read(rest)?;
+                if headers.line == b"\r\n" {
+                    let content = Content { model: headers.end()?, last: [0; 2], withheld: 0 };
+                    self.state = State::Content(content);
+                    self.parts += 1;
+                }
+                Ok(used)
+            }
+            State::Epilogue => Ok(rest.len()),
+        }
+    }
+}
+
+// === impl Content ===
+
+impl Content {
+    /// Reads up to the end of the next boundary and returns how many bytes that was; `None` if all of `rest` was read
+    /// and no boundary has ended yet.
+    fn read(
+        &mut self,
+        rest: &[u8],
+        boundary: &Finder<'static>,
+        model: &mut ModelValue,
+    ) -> Result<Option<usize>, ScanError> {
+        let needle = boundary.needle();
+        let mut at = 0;
+        // A boundary that began in an earlier chunk is followed byte by byte, for at most its own length.
+        while self.withheld > at {
+            let Some(&byte) = rest.get(at) else { return Ok(None) };
+            at += 1;
+            let mut window = [0; 2 + BOUNDARY_LIMIT_BYTES];
+            window[..self.withheld].copy_from_slice(&needle[..self.withheld]);
+            window[self.withheld] = byte;
+            let window = &window[..=self.withheld];
+            self.withheld = overlap(window, needle);
+            self.take(&window[..window.len() - self.withheld], model)?;
+            if self.withheld == needle.len() {
+                return Ok(Some(at));
+            }
+        }
+        // What is withheld now lies in this chunk and is searched again together with the rest of it.
+        at -= std::mem::take(&mut self.withheld);
+        let unread = &rest[at..];
+        if let Some(found) = boundary.find(unread) {
+            self.take(&unread[..found], model)?;
+            return Ok(Some(at + found + needle.len()));
+        }
+        self.withheld = overlap(unread, needle);
+        self.take(&unread[..unread.len() - self.withheld], model)?;
+        Ok(None)
+    }
+
+    /// Takes bytes that are no part of a boundary.
+    fn take(&mut self, bytes: &[u8], model: &mut ModelValue) -> Result<(), ScanError> {
+        match *bytes {
+            [] => {}
+            [byte] => self.last = [self.last[1], byte],
+            [.., byte, last] => self.last = [byte, last],
+        }
+        if self.model { model.push(bytes) } else { Ok(()) }
+    }
+
+    /// Ends at a boundary, to which the line end in front of it belongs.
+    fn end(&self, model: &mut ModelValue) -> Result<(), ScanError> {
+        if self.last != *b"\r\n" {
+            return Err(invalid("a boundary is not preceded by a line end"));
+        }
+        if self.model {
+            model.reading.truncate(model.reading.len().saturating_sub(2));
+            model.complete(invalid("`model` is not UTF-8"))?;
+        }
+        Ok(())
+    }
+}
+
+// === impl Headers ===
+
+impl Headers {
+    /// Reads up to the end of the line, or all of `rest`; returns the number of bytes read. The line stays in `line` if
+    /// it is the empty one behind the headers.
+    fn read(&mut self, rest: &[u8]) -> Result<usize, ScanError> {
+        let used = memchr(b'\n', rest).map_or(rest.len(), |end| end + 1);
+        self.bytes += used;
+        if self.bytes > HEADERS_LIMIT_BYTES {
+            return Err(invalid("the headers of a part are too long"));
+        }
+        self.line.extend_from_slice(&rest[..used]);
+        if self.line.ends_with(b"\n") && self.line != b"\r\n" {
+            let mut line = std::mem::take(&mut self.line);
+            self.header(&line)?;
+            line.clear();
+            self.line = line;
+        }
+        Ok(used)
+    }
+
+    /// Reads one line.
+    fn header(&mut self, line: &[u8]) -> Result<(), ScanError> {
+        self.lines += 1;
+        if self.lines > HEADERS_LIMIT_LINES {
+            return Err(invalid("a part has too many headers"));
+        }
+        let Some(line) = line.strip_suffix(b"\r\n") else {
+            return Err(invalid("a header of a part does not end in CR LF"));
+        };
+        if line.iter().any(|&byte| byte.is_ascii_control() && byte != b'\t') {
+            return Err(invalid("a header of a part holds a control character"));
+        }
+        let colon = memchr(b':', line).ok_or(invalid("a header of a part has no colon"))?;
+        let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
+        // This also refuses folded lines, which begin with a space.
+        if !is_token(name) {
+            return Err(invalid("a header of a part has no valid name"));
+        }
+        if name.eq_ignore_ascii_case(b"content-disposition") {
+            if self.model.replace(names_model(value)?).is_some() {
+                return Err(invalid("a part has two Content-Dispositions"));
+            }
+        } else if name.eq_ignore_ascii_case(b"content-transfer-encoding") {
+            let identities: [&[u8]; 3] = [b"7bit", b"8bit", b"binary"];
+            self.encoded |= !identities.iter().any(|identity| value.eq_ignore_ascii_case(identity));
+        }
+        Ok(())
+    }
+
+    /// Ends the headers; tells whether the part is the field `model`.
+    fn end(&self) -> Result<bool, ScanError> {
+        match self.model {
+            Some(true) if self.encoded => Err(invalid("`model` has a Content-Transfer-Encoding")),
+            Some(model) => Ok(model),
+            None => Err(invalid("a part has no Content-Disposition")),
+        }
+    }
+}
+
+/// Whether a Content-Disposition is that of the field `model`.
+fn names_model(disposition: &[u8]) -> Result<bool, ScanError> {
+    let (kind, parameters) = split_header_value(disposition);
+    if !kind.eq_ignore_ascii_case(b"form-data") {
+        return Err(invalid("a part is not form-data"));
+    }
+    match parameter(parameters, b"name")? {
+        Some(name) if name.contains(&b'\\') => Err(invalid("the name of a part is escaped")),
+        Some(name) => Ok(name == KEY),
+        None => Err(invalid("a part has no name")),
+    }
+}
+
+/// Splits a header value into what precedes the first semicolon, and the rest.
+fn split_header_value(value: &[u8]) -> (&[u8], &[u8]) {
+    let (head, parameters) = value.split_at(memchr(b';', value).unwrap_or(value.len()));
+    (head.trim_ascii(), parameters)
+}
+
+/// The value of the parameter `wanted` among parameters such as `; name="model"; filename=a.wav` (RFC 9110, section
+/// 5.6.6), without its quotes, but with any escapes between them.
+fn parameter<'a>(mut parameters: &'a [u8], wanted: &[u8]) -> Result<Option<&'a [u8]>, ScanError> {
+    let mut found = None;
+    loop {
+        parameters = parameters.trim_ascii();
+        // A last semicolon with nothing behind it is common and harmless.
+        if parameters.is_empty() || parameters == b";" {
+            return Ok(found);
+        }
+        let Some((name, value, rest)) = split_parameter(parameters) else {
+            return Err(invalid("the parameters of a header are malformed"));
+        };
+        // `wanted*`, `wanted*0` and so on: RFC 2231, RFC 8187.
+        let base = name.split(|&byte| byte == b'*').next().unwrap_or(name);
+        if base.eq_ignore_ascii_case(wanted) && (base.len() < name.len() || found.replace(value).is_some()) {
+            return Err(invalid("a parameter of a header is there twice, or encoded"));
+        }
+        parameters = rest;
+    }
+}
+
+/// Splits `; name=value...` into name, value and what is behind; `None` if it is malformed.
+fn split_parameter(text: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let text = text.strip_prefix(b";")?.trim_ascii_start();
+    let (name, text) = text.split_at(memchr(b'=', text)?);
+    if !is_token(name) {
+        return None;
+    }
+    let value = &text[1..];
+    let Some(quoted) = value.strip_prefix(b"\"") else {
+        let (value, rest) = value.split_at(memchr(b';', value).unwrap_or(value.len()));
+        let malformed = value.contains(&b'"') || value.trim_ascii_start().len() < value.len();
+        return (!malformed).then_some((name, value.trim_ascii_end(), rest));
+    };
+    let mut end = 0;
+    while *quoted.get(end)? != b'"' {
+        end += if quoted[end] == b'\\' { 2 } else { 1 };
+    }
+    Some((name, &quoted[..end], &quoted[end + 1..]))
+}
+
+/// A token of RFC 9110, section 5.6.2.
+fn is_token(text: &[u8]) -> bool {
+    !text.is_empty() && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte))
+}
+
+/// A boundary of RFC 2046, section 5.1.1.
+fn is_boundary(text: &[u8]) -> bool {
+    (1..=BOUNDARY_LIMIT_BYTES).contains(&text.len())
+        && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"'()+_,-./:=? ".contains(byte))
+        && !text.ends_with(b" ")
+}
+
+/// The length of the longest end of `text` that `needle` begins with.
+fn overlap(text: &[u8], needle: &[u8]) -> usize {
+    (1..=needle.len().min(text.len())).rev().find(|&length| text.ends_with(&needle[..length])).unwrap_or(0)
+}
+
+fn invalid(why: &'static str) -> ScanError {
+    ScanError::InvalidForm { why }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::{Index, select};
+
+    use super::super::tests::{cut, expected, scan, scan_cut_everywhere};
+    use super::super::{MODEL_LIMIT_BYTES, ModelScanner, ScanError};
+    use super::invalid;
+
+    fn form(boundary: &str) -> ModelScanner {
+        let content_type = format!("multipart/form-data; boundary=\"{boundary}\"");
+        ModelScanner::for_content_type(Some(content_type.as_bytes())).expect("the test's boundary must be valid")
+    }
+
+    /// Scans a form with the boundary `B`, in which `\n` stands for CR LF.
+    fn check(body: &str, expected: Result<&str, ScanError>) {
+        check_bytes(body.replace('\n', "\r\n").as_bytes(), expected);
+    }
+
+    fn check_bytes(body: &[u8], expected: Result<&str, ScanError>) {
+        let found = scan_cut_everywhere(|| form("B"), body);
+        assert_eq!(found, expected.map(str::to_owned), "{}", body.escape_ascii());
+    }
+
+    /// A form of one part with this header block.
+    fn check_headers(headers: &str, expected: Result<&str, ScanError>) {
+        check(&format!("--B\n{headers}\n\nm\n--B--"), expected);
+    }
+
+    #[test]
+    fn finds_the_field() {
+        check("--B\nContent-Disposition: form-data; name=\"model\"\n\nwhisper\n--B--\n", Ok("whisper"));
+        // Behind a file, with text around the form.
+        check(
+            "preamble\n--B\nContent-Disposition: form-data; name=\"file\"; filename=\"model.wav\"\n\
+             Content-Type: audio/wav\n\nRIFF\n-- -B\n--\n\n--B\nContent-Disposition: form-data; name=\"model\"\n\n\
+             org/whisper\n--B--\nContent-Disposition: form-data; name=\"model\"\n\nother\n--B\n",
+            Ok("org/whisper"),
+        );
+        // Nothing is trimmed or decoded.
+        check("--B\nContent-Disposition: form-data; name=model\n\n a%20\n\n\n--B--", Ok(" a%20\r\n\r\n"));
+        check("--B\nContent-Disposition: form-data; name=model\n\n-\u{e9}-\n--B--", Ok("-\u{e9}-"));
+    }
+
+    #[test]
+    fn finds_no_other_field() {
+        check("--B--", Err(ScanError::ModelMissing));
+        for name in ["\"models\"", "\"Model\"", "\"x\"; title=\"model\"", "\"\"", "%6Dodel", "\"x; name=model\""] {
+            check_headers(&format!("Content-Disposition: form-data; name={name}"), Err(ScanError::ModelMissing));
+        }
+        check_headers(
+            "Content-Disposition: form-data; name=x\nX-Name: form-data; name=\"model\"",
+            Err(ScanError::ModelMissing),
+        );
+    }
+
+    #[test]
+    fn reads_headers_as_they_are_written() {
+        for header in [
+            "Content-Disposition: form-data; name=\"model\"",
+            "content-disposition:form-data;name=model",
+            "CONTENT-DISPOSITION: \t Form-Data ; NAME=\"model\" ; ",
+            "Content-Disposition: form-data; filename=\"a\\\"; name=\\\"b\"; name=\"model\"",
+            "Content-Disposition: form-data; filename=a b.wav; name=\"model\"; filename*=UTF-8''model",
+            "Content-Type: text/plain; charset=utf-8\nContent-Disposition: form-data; name=\"model\"\nContent-Length: 1",
+            "Content-Transfer-Encoding: 8bit\nContent-Disposition: form-data; name=\"model\"",
+            // A file named `model` is the field as well: servers would take it for it.
+            "Content-Disposition: form-data; name=\"model\"; filename=\"m.txt\"\nContent-Type: text/plain",
+        ] {
+            check_headers(header, Ok("m"));
+        }
+    }
+
+    #[test]
+    fn refuses_what_servers_read_differently() {
+        let malformed = "the parameters of a header are malformed";
+        let repeated = "a parameter of a header is there twice, or encoded";
+        for (headers, why) in [
+            ("Content-Disposition: form-data; name=\"a\"; name=\"model\"", repeated),
+            ("Content-Disposition: form-data; name=\"a\"; Name*=UTF-8''model", repeated),
+            ("Content-Disposition: form-data; name*=UTF-8''model", repeated),
+            ("Content-Disposition: form-data; name*0=mo; name*1=del", repeated),
+            ("Content-Disposition: form-data; name=\"mo\\del\"", "the name of a part is escaped"),
+            ("Content-Disposition: form-data; name=\"model", malformed),
+            ("Content-Disposition: form-data; name=\"model\"x", malformed),
+            ("Content-Disposition: form-data; name=a\"; x=\"", malformed),
+            ("Content-Disposition: form-data; name=a\"b", malformed),
+            ("Content-Disposition: form-data; name =model", malformed),
+            ("Content-Disposition: form-data; name= model", malformed),
+            ("Content-Disposition: form-data;; name=model", malformed),
+            ("Content-Disposition: form-data; name", malformed),
+            ("Content-Disposition: form-data", "a part has no name"),
+            ("Content-Disposition: attachment; name=model", "a part is not form-data"),
+            ("Content-Type: text/plain", "a part has no Content-Disposition"),
+            (
+                "Content-Disposition: form-data; name=a\nContent-Disposition: form-data; name=model",
+                "a part has two Content-Dispositions",
+            ),
+            ("Content-Disposition: form-data; name=a;\n name=model", "a header of a part has no colon"),
+            ("Content-Disposition: form-data; name=a\n x: y", "a header of a part has no valid name"),
+            ("Content-Disposition : form-data; name=model", "a header of a part has no valid name"),
+            ("Content-Disposition: form-data; name=mo\0del", "a header of a part holds a control character"),
+            (
+                "Content-Transfer-Encoding: base64\nContent-Disposition: form-data; name=model",
+                "`model` has a Content-Transfer-Encoding",
+            ),
+        ] {
+            check_headers(headers, Err(invalid(why)));
+        }
+        check_headers(
+            "Content-Transfer-Encoding: base64\nContent-Transfer-Encoding: 8bit\nContent-Disposition: form-data; name=model",
+            Err(invalid("`model` has a Content-Transfer-Encoding")),
+        );
+        check_bytes(
+            b"--B\r\nContent-Disposition: form-data; name=model\n\r\nm\r\n--B--",
+            Err(invalid("a header of a part does not end in CR LF")),
+        );
+    }
+
+    #[test]
+    fn a_boundary_is_a_line_of_its_own() {
+        let head = "--B\nContent-Disposition: form-data; name=model\n\n";
+        let not_after_line_end = "a boundary is not preceded by a line end";
+        let not_before_line_end = "a boundary is not followed by a line end";
+        check(&format!("{head}m--B--"), Err(invalid(not_after_line_end)));
+        check(&format!("{head}--B--"), Err(invalid(not_after_line_end)));
+        check("x--B--", Err(invalid(not_after_line_end)));
+        check_bytes(b"\n--B--", Err(invalid(not_after_line_end)));
+        check_bytes(b"--B \n--B--", Err(invalid(not_before_line_end)));
+        check(&format!("{head}m\n--Bb\n--B--"), Err(invalid(not_before_line_end)));
+        check(&format!("{head}m\n--B -\n--B--"), Err(invalid(not_before_line_end)));
+        check(&format!("{head}m\n--B-\n--B--"), Err(invalid(not_before_line_end)));
+        check(&format!("{head}\n--B--"), Err(ScanError::ModelEmpty));
+    }
+
+    #[test]
+    fn every_value_counts() {
+        let part = |value: &str| format!("--B\nContent-Disposition: form-data; name=\"model\"\n\n{value}\n");
+        check(&format!("{}{}--B--", part("a"), part("a")), Ok("a"));
+        let differ = ScanError::ModelsDiffer { first: "a".to_owned(), second: "b".to_owned() };
+        check(&format!("{}{}--B--", part("a"), part("b")), Err(differ.clone()));
+        check(&format!("{}{}--B--", part("a"), part("b").replace("\"\n", "\"; filename=x\n")), Err(differ));
+        let longest = "m".repeat(MODEL_LIMIT_BYTES);
+        check(&format!("{}--B--", part(&longest)), Ok(&longest));
+        for excess in 1..5 {
+            let value = "m".repeat(MODEL_LIMIT_BYTES + excess);
+            check(&format!("{}--B--", part(&value)), Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES }));
+        }
+        check_bytes(
+            b"--B\r\nContent-Disposition: form-data; name=model\r\n\r\n\xFF\r\n--B--",
+            Err(invalid("`model` is not UTF-8")),
+        );
+    }
+
+    #[test]
+    fn a_form_has_an_end_and_limits() {
+        let ends_early = Err(invalid("the body ends before its last boundary"));
+        let body = "--B\r\nContent-Disposition: form-data; name=model\r\n\r\nm\r\n--B--";
+        for length in 0..body.len() {
+            assert_eq!(scan(form("B"), [&body.as_bytes()[..length]]), ends_early, "{length} bytes");
+        }
+        let part = "--B\nContent-Disposition: form-data; name=model\n\nm\n";
+        assert_eq!(
+            scan(form("B"), [format!("{}--B--", part.repeat(1000)).replace('\n', "\r\n").as_bytes()]),
+            Ok("m".to_owned())
+        );
+        let parts = format!("{}--B--", part.repeat(1001)).replace('\n', "\r\n");
+        assert_eq!(scan(form("B"), [parts.as_bytes()]), Err(invalid("it has too many parts")));
+
+        let disposition = "Content-Disposition: form-data; name=model";
+        check_headers(&format!("{}{disposition}", "a: b\n".repeat(31)), Ok("m"));
+        check_headers(&format!("{}{disposition}", "a: b\n".repeat(32)), Err(invalid("a part has too many headers")));
+        let filler = "a".repeat(8192 - disposition.len() - "a: \r\n\r\n\r\n".len());
+        check_headers(&format!("a: {filler}\n{disposition}"), Ok("m"));
+        check_headers(&format!("a: a{filler}\n{disposition}"), Err(invalid("the headers of a part are too long")));
+    }
+
+    #[test]
+    fn the_model_is_known_at_its_boundary() {
+        let mut scanner = form("B");
+        let mut feed = |chunk: &str| {
+            scanner.feed(chunk.as_bytes()).expect("the form must be valid so far");
+            scanner.model().map(str::to_owned)
+        };
+        assert_eq!(feed("--B\r\nContent-Disposition: form-data; name=model\r\n\r\nm\r\n--"), None);
+        assert_eq!(feed("B"), Some("m".to_owned()));
+        assert_eq!(feed("\r\nContent-Disposition: form-data; name=file\r\n\r\n..."), Some("m".to_owned()));
+    }
+
+    #[derive(Debug, Clone)]
+    struct Part {
+        header: &'static str,
+        content: Vec<u8>,
+    }
+
+    /// Parts whose content is made of what boundaries are made of.
+    fn parts(boundary: &'static str) -> impl Strategy<Value = Vec<Part>> {
+        let pieces =
+            select(vec!["\r\n--", "\r\n", "\r", "\n", "-", "--", "B", "b", "m", &boundary[..boundary.len() - 1]]);
+        let content = prop_oneof![
+            3 => prop::collection::vec(pieces, 0..8).prop_map(|pieces| pieces.concat().into_bytes()),
+            1 => prop::collection::vec(any::<u8>(), 0..40),
+            2 => Just(b"m".to_vec()),
+        ];
+        let header = select(vec![
+            "content-disposition: form-data; name=model",
+            "Content-Disposition: form-data; filename=\"x\"; name=\"model\"",
+            "Content-Type: a/b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"model\"",
+            "Content-Disposition: form-data; name=\"Model\"",
+        ]);
+        let needle = format!("--{boundary}").into_bytes();
+        let content = content.prop_filter("content must not hold the boundary", move |content| {
+            !content.windows(needle.len()).any(|window| window == needle)
+        });
+        prop::collection::vec((header, content).prop_map(|(header, content)| Part { header, content }), 0..5)
+    }
+
+    fn write(boundary: &str, parts: &[Part]) -> Vec<u8> {
+        let mut body = Vec::new();
+        for part in parts {
+            body.extend_from_slice(format!("--{boundary}\r\n{}\r\n\r\n", part.header).as_bytes());
+            body.extend_from_slice(&part.content);
+            body.extend_from_slice(b"\r\n");
+        }
+        body.extend_from_slice(format!("--{boundary}--\r\n").as_bytes());
+        body
+    }
+
+    fn decode(value: Vec<u8>) -> Result<String, ScanError> {
+        String::from_utf8(value).map_err(|_| invalid("`model` is not UTF-8"))
+    }
+
+    fn is_named_model(headers: &str) -> bool {
+        headers.split([';', '\r', '\n']).any(|piece| matches!(piece.trim(), "name=model" | "name=\"model\""))
+    }
+
+    /// The values of `model`, read the simple way; only right for bodies that are a form.
+    fn values(boundary: &str, body: &[u8]) -> Vec<Vec<u8>> {
+        // Latin-1 keeps every byte one character.
+        let latin: String = "\r\n".chars().chain(body.iter().map(|&byte| char::from(byte))).collect();
+        let delimiter = format!("\r\n--{boundary}");
+        latin
+            .split(&delimiter)
+            .skip(1)
+            .take_while(|part| !part.starts_with("--"))
+            .filter_map(|part| part.split_once("\r\n\r\n"))
+            .filter(|(headers, _)| is_named_model(headers))
+            .map(|(_, content)| content.chars().map(|byte| byte as u8).collect())
+            .collect()
+    }
+
+    fn boundary() -> impl Strategy<Value = &'static str> {
+        select(vec!["B", "-", "---", "BbB", "------b", "----WebKitFormBoundary7MA4YWxkTrZu0gW"])
+    }
+
+    proptest! {
+        #[test]
+        fn reads_what_was_written(
+            (boundary, parts) in boundary().prop_flat_map(|boundary| (Just(boundary), parts(boundary))),
+            cuts in prop::collection::vec(any::<Index>(), 0..6),
+        ) {
+            let body = write(boundary, &parts);
+            let models = parts.into_iter().filter(|part| is_named_model(part.header));
+            let expected = expected(models.map(|part| decode(part.content)));
+            prop_assert_eq!(scan(form(boundary), cut(&body, &cuts)), expected.clone());
+            prop_assert_eq!(scan(form(boundary), body.chunks(1)), expected);
+        }
+
+        #[test]
+        fn a_damaged_form_is_refused_or_read_as_others_read_it(
+            (boundary, parts) in boundary().prop_flat_map(|boundary| (Just(boundary), parts(boundary))),
+            damage in prop::collection::vec((any::<Index>(), select(b"\r\n-Bb:;= m\"\\".to_vec()), 0..3_u8), 1..4),
+            cuts in prop::collection::vec(any::<Index>(), 0..6),
+        ) {
+            let mut body = write(boundary, &parts);
+            for (at, byte, kind) in damage {
+                let at = at.index(body.len());
+                match kind {
+                    0 => body[at] = byte,
+                    1 => body.insert(at, byte),
+                    _ => { body.remove(at); }
+                }
+            }
+            let found = scan(form(boundary), [body.as_slice()]);
+            prop_assert_eq!(scan(form(boundary), cut(&body, &cuts)), found.clone());
+            prop_assert_eq!(scan(form(boundary), body.chunks(1)), found.clone());
+            if let Ok(model) = found {
+                prop_assert_eq!(expected(values(boundary, &body).into_iter().map(decode)), Ok(model));
+            }
+        }
+
+        #[test]
+        fn survives_anything(body in prop::collection::vec(select(b"\r\n-B:;=\"\\ model".to_vec()), 0..200)) {
+            let whole = scan(form("B"), [body.as_slice()]);
+            prop_assert_eq!(scan(form("B"), body.chunks(1)), whole);
+        }
+    }
+}

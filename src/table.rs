@@ -1,0 +1,246 @@
+//! The routing table: the one place where the two planes meet.
+//!
+//! Discovery publishes immutable snapshots; requests read the current one without a lock and hold it for one decision,
+//! never across an `.await`. There is one writer: [`TablePublisher`] cannot be cloned.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+};
+
+use arc_swap::{ArcSwap, Guard};
+use bytes::Bytes;
+use serde_json::{Value, json, value::RawValue};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::sync::Notify;
+
+use crate::backend::{Backend, Member, Model};
+
+/// A model as its backend describes it in `/v1/models`.
+#[derive(Debug, Clone)]
+pub struct ModelObject {
+    /// Its `id`.
+    pub id: Box<str>,
+    /// The whole object, as the backend wrote it.
+    pub json: Box<RawValue>,
+    /// `created`, seconds since 1970.
+    pub created: Option<i64>,
+    /// `root`: the model that this one is built on.
+    pub root: Option<String>,
+    /// `max_model_len`: context length in tokens.
+    pub max_model_len: Option<u64>,
+}
+
+/// All that is known of one model.
+#[derive(Debug)]
+pub struct Route {
+    /// The model.
+    pub model: Arc<Model>,
+    /// Backends that may take a request for it; empty while none is ready.
+    pub members: Box<[Arc<Member>]>,
+    /// How it is listed; there is one if there are members.
+    pub object: Option<Arc<ModelObject>>,
+    /// Why there are no members.
+    pub why_not_ready: &'static str,
+}
+
+/// What a model name leads to.
+#[derive(Debug)]
+pub enum Lookup<'t> {
+    /// No backend has announced it: 404.
+    Unknown,
+    /// Known, but nobody can take a request now: 503.
+    NoneReady(&'t Route),
+    /// Go ahead.
+    Ready(&'t Route),
+}
+
+/// One immutable view of what is live.
+#[derive(Debug, Default)]
+pub struct RoutingTable {
+    /// Grows with every publication.
+    pub generation: u64,
+    routes: HashMap<Box<str>, Route>,
+    backends: Vec<Arc<Backend>>,
+    openai_list: OnceLock<Bytes>,
+    anthropic_list: OnceLock<Bytes>,
+}
+
+// === impl RoutingTable ===
+
+impl RoutingTable {
+    /// A table of these routes. `backends` are all that have requests or may get some, for observation.
+    pub fn new(routes: Vec<Route>, backends: Vec<Arc<Backend>>) -> RoutingTable {
+        let routes = routes.into_iter().map(|route| (route.model.id.clone(), route)).collect();
+        RoutingTable { routes, backends, ..RoutingTable::default() }
+    }
+
+    /// What `model` leads to.
+    pub fn lookup(&self, model: &str) -> Lookup<'_> {
+        match self.routes.get(model) {
+            None => Lookup::Unknown,
+            Some(route) if route.members.is_empty() => Lookup::NoneReady(route),
+            Some(route) => Lookup::Ready(route),
+        }
+    }
+
+    /// Every known model, sorted by id.
+    pub fn routes(&self) -> Vec<&Route> {
+        let mut routes: Vec<&Route> = self.routes.values().collect();
+        routes.sort_unstable_by(|a, b| a.model.id.cmp(&b.model.id));
+        routes
+    }
+
+    /// Every backend that has requests or may get some.
+    pub fn backends(&self) -> &[Arc<Backend>] {
+        &self.backends
+    }
+
+    fn listed(&self) -> impl Iterator<Item = &Arc<ModelObject>> {
+        self.routes().into_iter().filter(|route| !route.members.is_empty()).filter_map(|route| route.object.as_ref())
+    }
+
+    /// `GET /v1/models` in OpenAI's shape: backends' own objects, one per id, sorted; rendered once per table.
+    pub fn openai_list(&self) -> Bytes {
+        let render = || {
+            let objects: Vec<&str> = self.listed().map(|object| object.json.get()).collect();
+            Bytes::from(format!(r#"{{"object":"list","data":[{}]}}"#, objects.join(",")))
+        };
+        self.openai_list.get_or_init(render).clone()
+    }
+
+    /// `GET /v1/models` in Anthropic's shape (<https://docs.anthropic.com/en/api/models-list>); rendered once per table.
+    pub fn anthropic_list(&self) -> Bytes {
+        let render = || {
+            let data: Vec<Value> = self.listed().map(|object| object.to_anthropic()).collect();
+            let id_of = |model: Option<&Value>| model.map_or(Value::Null, |m| m["id"].clone());
+            let list = json!({
+                "first_id": id_of(data.first()), "last_id": id_of(data.last()), "has_more": false, "data": data,
+            });
+            Bytes::from(list.to_string())
+        };
+        self.anthropic_list.get_or_init(render).clone()
+    }
+
+    /// The object of one listed model.
+    pub fn object(&self, model: &str) -> Option<&Arc<ModelObject>> {
+        match self.lookup(model) {
+            Lookup::Ready(route) => route.object.as_ref(),
+            Lookup::Unknown | Lookup::NoneReady(_) => None,
+        }
+    }
+}
+
+impl ModelObject {
+    /// Whether this and `other` describe the same model. Not whether they are the same bytes: vLLM makes up `created` and
+    /// a permission id anew for every answer.
+    pub fn is_same_model(&self, other: &ModelObject) -> bool {
+        self.id == other.id && self.root == other.root && self.max_model_len == other.max_model_len
+    }
+
+    /// The model in Anthropic's shape.
+    pub fn to_anthropic(&self) -> Value {
+        let created =
+            OffsetDateTime::from_unix_timestamp(self.created.unwrap_or(0)).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+        let created_at = created.format(&Rfc3339).unwrap_or_default();
+        json!({ "type": "model", "id": self.id, "display_name": self.id, "created_at": created_at })
+    }
+}
+
+/// Reads the current table. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct TableReader {
+    current: Arc<ArcSwap<RoutingTable>>,
+    misses: Arc<Notify>,
+}
+
+/// Publishes tables. Not `Clone`: there is one writer, so generations grow without a compare-and-swap.
+#[derive(Debug)]
+pub struct TablePublisher {
+    current: Arc<ArcSwap<RoutingTable>>,
+    misses: Arc<Notify>,
+    generation: u64,
+}
+
+/// A table, empty to begin with, as its two ends.
+pub fn table() -> (TablePublisher, TableReader) {
+    let current = Arc::new(ArcSwap::from_pointee(RoutingTable::default()));
+    let misses = Arc::new(Notify::new());
+    let reader = TableReader { current: current.clone(), misses: misses.clone() };
+    (TablePublisher { current, misses, generation: 0 }, reader)
+}
+
+impl TableReader {
+    /// The table as it is now. Not to be held across an `.await`.
+    pub fn snapshot(&self) -> Guard<Arc<RoutingTable>> {
+        self.current.load()
+    }
+
+    /// Tells control that somebody asked for a model that no backend has announced: one may have learnt it since it was
+    /// last asked.
+    pub fn report_miss(&self) {
+        self.misses.notify_one();
+    }
+}
+
+impl TablePublisher {
+    /// Makes `next` the table that every later [`TableReader::snapshot`] sees.
+    pub fn publish(&mut self, mut next: RoutingTable) {
+        self.generation += 1;
+        next.generation = self.generation;
+        self.current.store(Arc::new(next));
+    }
+
+    /// Resolves when a model has been missed since the last call.
+    pub async fn missed(&self) {
+        self.misses.notified().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::tests::member;
+
+    fn object(id: &str, json: &str) -> Arc<ModelObject> {
+        let json = RawValue::from_string(json.to_owned()).unwrap();
+        Arc::new(ModelObject { id: id.into(), json, created: Some(1_700_000_000), root: None, max_model_len: None })
+    }
+
+    fn route(id: &str, ready: bool) -> Route {
+        let members = if ready { vec![member(id, 1, None)] } else { Vec::new() };
+        let object = ready.then(|| object(id, &format!(r#"{{"id":{id:?},  "max_model_len":7}}"#)));
+        Route { model: Model::new(id), members: members.into(), object, why_not_ready: "it is starting" }
+    }
+
+    #[test]
+    fn lookup_tells_unknown_from_not_ready() {
+        let table = RoutingTable::new(vec![route("a", true), route("b", false)], Vec::new());
+        assert!(matches!(table.lookup("a"), Lookup::Ready(_)));
+        assert!(matches!(table.lookup("b"), Lookup::NoneReady(_)));
+        assert!(matches!(table.lookup("c"), Lookup::Unknown));
+        assert!(table.object("a").is_some() && table.object("b").is_none());
+    }
+
+    #[test]
+    fn lists_hold_what_is_ready_sorted_by_id_and_verbatim() {
+        let table = RoutingTable::new(vec![route("z/m", true), route("b", false), route("a", true)], Vec::new());
+        let expect = r#"{"object":"list","data":[{"id":"a",  "max_model_len":7},{"id":"z/m",  "max_model_len":7}]}"#;
+        assert_eq!(table.openai_list(), expect);
+        let anthropic: Value = serde_json::from_slice(&table.anthropic_list()).unwrap();
+        assert_eq!(anthropic["first_id"], "a");
+        assert_eq!(anthropic["last_id"], "z/m");
+        assert_eq!(anthropic["has_more"], false);
+        assert_eq!(anthropic["data"][1]["created_at"], "2023-11-14T22:13:20Z");
+        assert_eq!(RoutingTable::default().openai_list(), r#"{"object":"list","data":[]}"#);
+    }
+
+    #[test]
+    fn readers_see_the_newest_publication() {
+        let (mut publisher, reader) = table();
+        assert_eq!(reader.snapshot().generation, 0);
+        publisher.publish(RoutingTable::new(vec![route("a", true)], Vec::new()));
+        assert_eq!(reader.snapshot().generation, 1);
+        assert!(matches!(reader.snapshot().lookup("a"), Lookup::Ready(_)));
+    }
+}

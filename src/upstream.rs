@@ -1,0 +1,325 @@
+//! Connections to one backend: opened when needed, reused while fresh, cut when the backend is cut.
+//!
+//! Idle connections are kept apart per worker thread, so the lock around them is never contended on the request path and
+//! a connection is always driven by the thread that uses it. Nothing here knows models, retries or HTTP semantics.
+//!
+//! Every connection is a task of its own that drives hyper's HTTP/1.1 client. [`Upstream::cut`] aborts those tasks: hyper
+//! then fails the pending head or body of their requests, which costs the requests nothing while nobody cuts.
+
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    task::AbortHandle,
+    time::{Instant, timeout},
+};
+
+use crate::replay::AttemptBody;
+
+/// Python servers (uvicorn) close idle connections after 5 s; below that, a reused one is very likely alive.
+const IDLE_MAX: Duration = Duration::from_secs(3);
+/// Idle connections kept per worker thread and backend.
+const IDLE_CONNECTIONS_MAX: usize = 512;
+/// Read buffer per connection, and so the largest response head and the most that one stalled stream holds here.
+const READ_BUFFER_BYTES: usize = 16 * 1024;
+/// Most header lines in a response.
+const HEADERS_MAX: usize = 256;
+
+thread_local! {
+    static WORKER: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Says which worker the calling thread is; connections it opens are kept for it alone.
+pub fn set_worker(index: usize) {
+    WORKER.set(index);
+}
+
+/// Why no connection could be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ConnectError {
+    /// Nobody listens there.
+    Refused,
+    /// No answer within the connect timeout.
+    TimedOut,
+    /// Anything else: no route, out of descriptors, …
+    Unreachable,
+    /// The backend has been cut.
+    Cut,
+}
+
+impl ConnectError {
+    /// What the backend did, for an error message.
+    pub fn what(self) -> &'static str {
+        match self {
+            ConnectError::Refused => "refused the connection",
+            ConnectError::TimedOut => "did not accept the connection in time",
+            ConnectError::Unreachable => "could not be reached",
+            ConnectError::Cut => "was stopped",
+        }
+    }
+}
+
+/// The connections to one address.
+#[derive(Debug)]
+pub struct Upstream {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    addr: SocketAddr,
+    connect_timeout: Duration,
+    shards: Box<[Mutex<Shard>]>,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    idle: Vec<Idle>,
+    open: HashMap<u64, AbortHandle>,
+    opened: u64,
+    /// No connection goes back to the idle ones.
+    retired: bool,
+    /// No connection may be open.
+    cut: bool,
+}
+
+#[derive(Debug)]
+struct Idle {
+    sender: SendRequest<AttemptBody>,
+    heard_bytes: Arc<AtomicU64>,
+    since: Instant,
+}
+
+/// A connection that counts what it hears: whether a backend had begun to answer decides whether another may be asked.
+#[derive(Debug)]
+struct Counted {
+    stream: TcpStream,
+    heard_bytes: Arc<AtomicU64>,
+}
+
+/// The right to send one request on one connection.
+#[derive(Debug)]
+pub struct Lease {
+    /// Sends the request.
+    pub sender: SendRequest<AttemptBody>,
+    /// The connection has carried a request before: it may have died while idle.
+    pub reused: bool,
+    heard_bytes: Arc<AtomicU64>,
+    heard_before: u64,
+    shard: usize,
+    shared: Arc<Shared>,
+}
+
+// === impl Upstream ===
+
+impl Upstream {
+    /// Connections to `addr`, kept apart for `workers` threads.
+    pub fn new(addr: SocketAddr, connect_timeout: Duration, workers: usize) -> Upstream {
+        let shards = (0..workers.max(1)).map(|_| Mutex::default()).collect();
+        Upstream { shared: Arc::new(Shared { addr, connect_timeout, shards }) }
+    }
+
+    /// Where the connections go.
+    pub fn addr(&self) -> SocketAddr {
+        self.shared.addr
+    }
+
+    /// A connection for one request: an idle one if a fresh enough one is there, else a new one.
+    ///
+    /// # Errors
+    /// When a new one is needed and cannot be had.
+    pub async fn lease(&self, now: Instant) -> Result<Lease, ConnectError> {
+        let shard = self.shared.this_shard();
+        if let Some(Idle { sender, heard_bytes, .. }) = self.shared.take_idle(shard, now) {
+            let heard_before = heard_bytes.load(Relaxed);
+            return Ok(Lease { sender, reused: true, heard_bytes, heard_before, shard, shared: self.shared.clone() });
+        }
+        self.lease_fresh().await
+    }
+
+    /// A new connection, whatever is idle.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub async fn lease_fresh(&self) -> Result<Lease, ConnectError> {
+        let shard = self.shared.this_shard();
+        let connect = timeout(self.shared.connect_timeout, TcpStream::connect(self.shared.addr));
+        let stream = match connect.await {
+            Err(_) => return Err(ConnectError::TimedOut),
+            Ok(Err(e)) if e.kind() == io::ErrorKind::ConnectionRefused => return Err(ConnectError::Refused),
+            Ok(Err(_)) => return Err(ConnectError::Unreachable),
+            Ok(Ok(stream)) => stream,
+        };
+        // Events are small writes; waiting to fill a packet would delay each of them.
+        let _ = stream.set_nodelay(true);
+        let heard_bytes = Arc::new(AtomicU64::new(0));
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(READ_BUFFER_BYTES)
+            .max_headers(HEADERS_MAX)
+            .handshake(TokioIo::new(Counted { stream, heard_bytes: heard_bytes.clone() }))
+            .await
+            .map_err(|_| ConnectError::Unreachable)?;
+
+        let mut this = self.shared.lock(shard);
+        if this.cut {
+            return Err(ConnectError::Cut);
+        }
+        let key = this.opened;
+        this.opened += 1;
+        let weak: Weak<Shared> = Arc::downgrade(&self.shared);
+        // Not tracked by the application: the connection lives no longer than the request that leases it, or than its
+        // place among the idle ones, and both are ended by `retire` and `cut`.
+        #[allow(clippy::disallowed_methods)]
+        let task = tokio::spawn(async move {
+            // How it ended is told to the request on it, if there is one.
+            let _ = connection.await;
+            if let Some(shared) = weak.upgrade() {
+                shared.lock(shard).open.remove(&key);
+            }
+        });
+        this.open.insert(key, task.abort_handle());
+        drop(this);
+        Ok(Lease { sender, reused: false, heard_bytes, heard_before: 0, shard, shared: self.shared.clone() })
+    }
+
+    /// Closes idle connections and keeps none from now on; requests under way go on.
+    pub fn retire(&self) {
+        for shard in &self.shared.shards {
+            let mut shard = lock(shard);
+            shard.retired = true;
+            let idle = std::mem::take(&mut shard.idle);
+            drop(shard);
+            drop(idle);
+        }
+    }
+
+    /// Keeps connections again after [`Upstream::retire`].
+    pub fn reinstate(&self) {
+        for shard in &self.shared.shards {
+            lock(shard).retired = false;
+        }
+    }
+
+    /// Ends every connection now, with the requests on it. For good.
+    pub fn cut(&self) {
+        self.retire();
+        for shard in &self.shared.shards {
+            let mut shard = lock(shard);
+            shard.cut = true;
+            for (_, task) in shard.open.drain() {
+                task.abort();
+            }
+        }
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn this_shard(&self) -> usize {
+        WORKER.get() % self.shards.len()
+    }
+
+    fn lock(&self, shard: usize) -> MutexGuard<'_, Shard> {
+        lock(&self.shards[shard])
+    }
+
+    fn take_idle(&self, shard: usize, now: Instant) -> Option<Idle> {
+        let mut shard = self.lock(shard);
+        // The newest first: what is old stays old and is closed.
+        while let Some(idle) = shard.idle.pop() {
+            if now.saturating_duration_since(idle.since) >= IDLE_MAX {
+                // All below it are older still.
+                shard.idle.clear();
+                return None;
+            }
+            if idle.sender.is_ready() {
+                return Some(idle);
+            }
+        }
+        None
+    }
+}
+
+fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    // Nothing that can panic runs under this lock; a poisoned one is as good as any.
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// === impl Lease ===
+
+impl Lease {
+    /// The backend has sent something since this lease began.
+    pub fn has_heard(&self) -> bool {
+        self.heard_bytes.load(Relaxed) != self.heard_before
+    }
+
+    /// Keeps the connection for the next request, if it can carry one.
+    pub fn give_back(self, now: Instant) {
+        if self.sender.is_closed() {
+            return;
+        }
+        let mut shard = self.shared.lock(self.shard);
+        if shard.retired {
+            return;
+        }
+        // The oldest is at the bottom; close it when its time is over or the room is used up.
+        let stale = shard.idle.first().is_some_and(|i| now.saturating_duration_since(i.since) >= IDLE_MAX);
+        if stale || shard.idle.len() >= IDLE_CONNECTIONS_MAX {
+            shard.idle.remove(0);
+        }
+        shard.idle.push(Idle { sender: self.sender, heard_bytes: self.heard_bytes, since: now });
+    }
+}
+
+// === impl Counted ===
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
+        self.heard_bytes.fetch_add((buf.filled().len() - before) as u64, Relaxed);
+        polled
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,205 @@
+//! Rules about the code itself: who may use whom, what pure code must not contain, and that the README knows everything
+//! a user can set or see.
+
+use std::{fs, path::Path};
+
+use inference_proxy::{config::KNOBS, labels};
+
+/// Layers from the top; a module uses only those below its own. The order is that of the crate documentation.
+const LAYERS: &[&[&str]] = &[
+    &["main"],
+    &["app", "commands", "cli"],
+    &["listen", "discovery::docker", "discovery::fixed"],
+    &["proxy", "demo"],
+    &["admin"],
+    &["registry"],
+    &["probe"],
+    &["table", "status"],
+    &["balance"],
+    &["backend"],
+    &["upstream"],
+    &["replay", "lifecycle", "fetch"],
+    &["discovery"],
+    &["discovery::network", "discovery::signal", "discovery::vantage"],
+    &["scan", "labels", "telemetry"],
+    &["config", "error"],
+];
+
+/// Files in which decisions are made: state, input and time come in as arguments.
+const PURE: &[&str] = &[
+    "balance.rs",
+    "discovery/docker/event.rs",
+    "discovery/docker/inspect.rs",
+    "discovery/network.rs",
+    "discovery/signal.rs",
+    "discovery/vantage.rs",
+    "labels.rs",
+    "lifecycle.rs",
+    "listen/framing.rs",
+    "proxy/headers.rs",
+    "proxy/paths.rs",
+    "scan/json.rs",
+    "scan/mod.rs",
+    "scan/multipart.rs",
+];
+
+fn sources() -> Vec<(String, String)> {
+    fn collect(folder: &Path, root: &Path, found: &mut Vec<(String, String)>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, root, found);
+            } else if path.extension().is_some_and(|ext| ext == "rs") && path.file_stem().is_some_and(|s| s != "tests")
+            {
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                let text = fs::read_to_string(&path).unwrap();
+                // Tests may reach anywhere.
+                let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+                let code = code.split("#[cfg(test)]\npub(crate) mod tests").next().unwrap_or_default();
+                let code: Vec<&str> = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+                found.push((name, code.join("\n")));
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    collect(&root, &root, &mut found);
+    found.sort();
+    found
+}
+
+/// The layer of a module path such as `discovery::docker::event`; the longest name that matches counts.
+fn layer(module: &str) -> Option<usize> {
+    let named = LAYERS.iter().enumerate().flat_map(|(rank, names)| names.iter().map(move |name| (rank, *name)));
+    named
+        .filter(|(_, name)| module == *name || module.starts_with(&format!("{name}::")))
+        .max_by_key(|(_, name)| name.len())
+        .map(|(rank, _)| rank)
+}
+
+/// The module paths that follow `crate::` in this code, nested groups included.
+fn used(code: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (start, _) in code.match_indices("crate::") {
+        let rest = &code[start + "crate::".len()..];
+        // `{` opens a group only where `crate::` itself is the prefix of the group.
+        if let Some(group) = rest.strip_prefix('{') {
+            let (mut depth, mut item) = (0, String::new());
+            for c in group.chars() {
+                match c {
+                    '{' => {
+                        depth += 1;
+                        item.push(c);
+                    }
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => found.push(std::mem::take(&mut item)),
+                    c if c.is_whitespace() => {}
+                    c => item.push(c),
+                }
+            }
+            found.push(item);
+        } else {
+            found.push(rest.chars().take_while(|c| c.is_alphanumeric() || matches!(c, ':' | '_')).collect());
+        }
+    }
+    found
+        .into_iter()
+        .map(|item| item.split("::{").next().unwrap_or_default().to_owned())
+        .filter(|i| !i.is_empty())
+        .collect()
+}
+
+#[test]
+fn modules_use_only_what_is_below_them() {
+    let mut wrong = Vec::new();
+    for (file, code) in sources() {
+        let module = file.trim_end_matches(".rs").trim_end_matches("/mod").replace('/', "::");
+        if module == "lib" {
+            continue;
+        }
+        let own = layer(&module).unwrap_or_else(|| panic!("{module} has no layer: add it to LAYERS and to src/lib.rs"));
+        for used in used(&code) {
+            let Some(theirs) = layer(&used) else { continue };
+            let same = module.split("::").next() == used.split("::").next();
+            if theirs <= own && !same {
+                wrong.push(format!("{file} uses crate::{used}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "against the layers:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn pure_files_have_no_clock_task_or_socket() {
+    let forbidden = [
+        "Instant::now",
+        "SystemTime::now",
+        "now_utc",
+        "tokio::spawn",
+        "tokio::net",
+        "std::net::Tcp",
+        ".await",
+        "fastrand::Rng::new",
+    ];
+    let sources = sources();
+    for pure in PURE {
+        let (_, code) = sources.iter().find(|(file, _)| file == pure).unwrap_or_else(|| panic!("{pure} has moved"));
+        for word in forbidden {
+            assert!(!code.contains(word), "{pure} is pure, but holds {word}");
+        }
+    }
+}
+
+fn readme() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
+}
+
+#[test]
+fn the_readme_has_every_variable_and_its_default() {
+    let readme = readme();
+    for knob in KNOBS {
+        let row = readme.lines().find(|line| line.starts_with(&format!("| `{}` |", knob.name)));
+        let row = row.unwrap_or_else(|| panic!("{} is not in the README's table", knob.name));
+        assert!(knob.default.is_empty() || row.contains(knob.default), "{row} should say {}", knob.default);
+    }
+}
+
+#[test]
+fn the_readme_has_every_label_and_its_default() {
+    let readme = readme();
+    for label in labels::KNOWN {
+        assert!(readme.lines().any(|line| line.starts_with(&format!("| `{}` |", label.name))), "{}", label.name);
+    }
+}
+
+#[test]
+fn the_readme_has_every_metric_and_every_error_code() {
+    let readme = readme();
+    let sources = sources();
+    let code = |file: &str| sources.iter().find(|(name, _)| name == file).map(|(_, code)| code.clone()).unwrap();
+    let quoted = |code: &str, begins: &str| -> Vec<String> {
+        let words = code.split('"').skip(1).step_by(2);
+        words
+            .filter(|w| w.starts_with(begins) && w.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let metrics = quoted(&code("admin.rs"), "proxy_");
+    assert!(metrics.len() >= 5, "{metrics:?}");
+    for metric in metrics {
+        assert!(readme.contains(&format!("`{metric}")), "{metric} is not in the README");
+    }
+    for error in [
+        "model_required",
+        "invalid_json",
+        "model_not_found",
+        "model_unavailable",
+        "overloaded",
+        "request_too_large",
+        "backend_error",
+        "backend_timeout",
+    ] {
+        assert!(readme.contains(&format!("`{error}`")), "{error} is not in the README");
+    }
+}

@@ -1,0 +1,22 @@
+//! The integration suite: the whole proxy in this process, real sockets, no Docker.
+//!
+//! One binary, one module per part of the acceptance list; the name of a test starts with the point that it checks
+//! (`r01_…` is R1, `s02_…` is S2). Backends are scripted on raw TCP, so that they can break every rule of HTTP, and
+//! clients work with bytes, so that they can stall, half-close and vanish. Containers come from a hand-fed discovery.
+//!
+//! Nothing here sleeps to let something happen: a test opens a gate, or waits for a condition with a deadline.
+//! `support` refuses to know what is tested; `support::app` is the only file that knows how the product is called.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod support;
+
+mod answers;
+mod architecture;
+mod body;
+mod drain;
+mod headers;
+mod models;
+mod pools;
+mod retry;
+mod routing;
+mod streaming;
