@@ -1,7 +1,7 @@
 //! What both planes mean by a backend: one incarnation of one container that has answered a probe, and the count of
 //! requests it is serving.
 //!
-//! Control opens and closes the [`Gate`]; requests pass through it. Whether a backend is closed and how many requests it
+//! Control opens and closes the gate; requests pass through it. Whether a backend is closed and how many requests it
 //! has are one atomic word, so "draining?" and the count cannot race: once [`Backend::close`] has returned, no request can
 //! get in, whatever snapshot it holds.
 
