@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::support::{
     backend::Backend,
     client::{PATIENCE, ask},
-    engine::{self, docker, try_docker},
+    engine::{self, docker, inspect, try_docker},
     events::Events,
     forwarder::{Forwarder, Link, everything, five_gets},
     load::{Pulse, failures},
@@ -328,15 +328,24 @@ async fn d11_other_ways_to_be_on_the_network() {
     outside.until_serves(published.model()).await;
     routed_or_reported(&inside, &published, &["network"]).await;
 
-    // Addresses of version 6 only; engines before 28 have no such networks.
+    // A network that came after the proxy; a proxy in a container can be connected to it while it runs.
+    let later = lab.network("later").await;
+    let newcomer = lab.backend("newcomer").network(&later).start().await;
+    outside.until_serves(newcomer.model()).await;
+    docker(["network", "connect", &later, inside.container()]).await;
+    inside.until_serves(newcomer.model()).await;
+
+    // Addresses of version 6 only. Engines before 28 have no such networks: they refuse, or add version 4 unasked.
     let six = lab.name("six");
     let create = ["network", "create", "--ipv4=false", "--ipv6", "--subnet", "fd9d:b6a0:11::/64"].map(String::from);
-    match try_docker(create.into_iter().chain(lab.ownership()).chain([six.clone()])).await {
-        Ok(_) => {
-            let backend = lab.backend("six").network(&six).start().await;
-            outside.until_serves(backend.model()).await;
-        }
-        Err(why) => println!("d11: IPv6-only network left out, this engine has none: {why}"),
+    let created = try_docker(create.into_iter().chain(lab.ownership()).chain([six.clone()])).await;
+    if created.is_ok() {
+        let backend = lab.backend("six").network(&six).start().await;
+        let v4 = inspect(&backend.id, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}").await;
+        println!("d11: address of version 4 on the IPv6 network: {v4:?}");
+        outside.until_serves(backend.model()).await;
+    } else {
+        println!("d11: IPv6-only network left out, this engine has none: {created:?}");
     }
 }
 

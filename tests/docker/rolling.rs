@@ -50,7 +50,7 @@ async fn l12_rolling_replacement_loses_no_request() {
         let reached = async || load.has_reached(&new.name).then_some(());
         eventually(&format!("{} gets traffic", new.name), Duration::from_secs(10), reached).await;
     }
-    eventually("enough requests", Duration::from_secs(60), async || (load.done() >= REQUESTS).then_some(())).await;
+    eventually("enough requests", Duration::from_secs(60), async || (load.served() >= REQUESTS).then_some(())).await;
     let samples = load.stop().await;
     println!("l12: {ROUNDS} rounds, both of 2 replicas replaced in each: {}", summary(&samples, begun));
     assert_eq!(failures(&samples), "", "of {}", samples.len());
@@ -81,10 +81,10 @@ async fn l12_compose_recreation_breaks_no_request() {
     let begun = SystemTime::now();
     let load = Load::start(&proxy, &model, CLIENTS);
     for _ in 0..ROUNDS {
-        let done = load.done();
+        let before = load.served();
         compose.up(&dir, &project, true).await;
         proxy.until_serves(&model).await;
-        let flows = async || (load.done() >= done + REQUESTS / ROUNDS).then_some(());
+        let flows = async || (load.served() >= before + REQUESTS / ROUNDS).then_some(());
         eventually("requests between two rounds", Duration::from_secs(60), flows).await;
     }
     let samples = load.stop().await;
@@ -112,7 +112,7 @@ async fn replica(lab: &Lab, net: &str, model: &str, role: &str, events: &Events)
     replica
 }
 
-/// `2314 requests in 21.0 s, 1160 … from 4 containers; failed: 0`.
+/// The figures of a run, for a note.
 fn summary(samples: &[Sample], begun: SystemTime) -> String {
     let served = samples.iter().filter(|sample| sample.was_served()).count();
     let refused = samples.iter().filter(|sample| sample.outcome == Outcome::Refused).count();

@@ -401,6 +401,10 @@ impl Watcher {
     fn on_seen(&mut self, id: &str, seen: Inspected) {
         let Some(track) = self.tracks.get_mut(id) else { return };
         let exists = seen.phase != Phase::Stopped;
+        if let Vantage::Host { on_link } = &mut self.context.vantage {
+            // A network that has just been made is a new interface of this host.
+            *on_link = place::on_link_prefixes();
+        }
         let endpoint = seen.endpoint(&self.context);
         track.seen = Some(seen);
         let Some(endpoint) = endpoint.filter(|_| exists) else {

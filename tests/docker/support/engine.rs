@@ -244,8 +244,7 @@ async fn prepare() -> Result<Images, String> {
          ENTRYPOINT [\"/inference-proxy\"]\n\
          HEALTHCHECK --interval=1s --timeout=5s --retries=1 \
          CMD [\"/inference-proxy\", \"healthcheck\", \"--url\", \"http://127.0.0.1:8000/health\"]\n\
-         LABEL {RUN_LABEL}={}\n",
-        *RUN
+         LABEL {RUN_LABEL}=image\n"
     );
     let mut build = Command::new("docker");
     build.args(["build", "--quiet", "--tag", &backend, "-"]);

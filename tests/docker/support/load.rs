@@ -129,9 +129,9 @@ impl Load {
         Self { running, samples, clients: tasks }
     }
 
-    /// How many requests are done.
-    pub(crate) fn done(&self) -> usize {
-        self.samples.lock().unwrap().len()
+    /// How many requests have been served.
+    pub(crate) fn served(&self) -> usize {
+        self.samples.lock().unwrap().iter().filter(|sample| sample.was_served()).count()
     }
 
     /// Whether `backend` has answered any yet.
