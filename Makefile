@@ -5,7 +5,7 @@ MAKEFLAGS   += --no-print-directory
 
 IMAGE               ?= inference-proxy:latest
 TEST_IMAGE          ?= inference-proxy:test
-DOCKER_TEST_THREADS ?= 2
+DOCKER_TEST_THREADS ?= 6
 export DEMO_PORT    ?= 8080
 
 # The binary for images: static, for this machine's architecture. Its own target directory, because other RUSTFLAGS
@@ -39,10 +39,10 @@ test-fast: ## Run the unit and integration tests; needs no Docker
 	    set -x; cargo test --locked; \
 	fi
 
-test-docker: image-test ## Run the tests against the real Docker Engine (DOCKER_TEST_THREADS=2)
+test-docker: image-test ## Run the tests against the real Docker Engine (DOCKER_TEST_THREADS=6)
 	@.ci/prepare compose
 	DOCKER_REQUIRED=1 INFERENCE_PROXY_IMAGE=$(TEST_IMAGE) \
-	    cargo test --locked --test docker -- --test-threads=$(DOCKER_TEST_THREADS)
+	    cargo test --locked --test docker -- --test-threads=$(DOCKER_TEST_THREADS) --show-output
 
 # `--all-targets` leaves out a target that plain `cargo test` does not run, so the Docker suite is named.
 check: ## Check formatting, lints, documentation, licences
