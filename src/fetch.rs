@@ -32,9 +32,13 @@ pub enum FetchError {
     /// Nobody listens.
     #[error("nobody listens on {0}")]
     Refused(SocketAddr),
-    /// No connection.
+    /// There is no way to that address.
     #[error("{0} cannot be reached: {1}")]
     Unreachable(SocketAddr, String),
+    /// No connection, and no telling whose fault that is: the other side is too busy to accept, or this one is out of
+    /// descriptors or ports.
+    #[error("no connection to {0}: {1}")]
+    NoConnection(SocketAddr, String),
     /// No complete answer in time.
     #[error("no complete answer within {0:?}")]
     TimedOut(Duration),
@@ -57,12 +61,17 @@ impl Fetch<'_> {
 
     async fn exchange(&self) -> Result<(StatusCode, Bytes), FetchError> {
         let broke = |error: hyper::Error| FetchError::Broke(error.to_string());
-        let stream = match timeout(self.connect_timeout, TcpStream::connect(self.addr)).await {
-            Err(_) => return Err(FetchError::Unreachable(self.addr, "no answer to connecting".to_owned())),
-            Ok(Err(e)) if e.kind() == io::ErrorKind::ConnectionRefused => return Err(FetchError::Refused(self.addr)),
-            Ok(Err(e)) => return Err(FetchError::Unreachable(self.addr, e.to_string())),
-            Ok(Ok(stream)) => stream,
-        };
+        let addr = self.addr;
+        let connecting = timeout(self.connect_timeout, TcpStream::connect(addr)).await;
+        let stream =
+            match connecting.map_err(|_| io::Error::from(io::ErrorKind::TimedOut)).and_then(|connected| connected) {
+                Ok(stream) => stream,
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => return Err(FetchError::Refused(addr)),
+                Err(e) if matches!(e.kind(), io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable) => {
+                    return Err(FetchError::Unreachable(addr, e.to_string()));
+                }
+                Err(e) => return Err(FetchError::NoConnection(addr, e.to_string())),
+            };
         let request = Request::get(self.path)
             .header(header::HOST, self.addr.to_string())
             .header(header::ACCEPT, "application/json")
@@ -103,4 +112,30 @@ async fn read_bounded(mut body: Incoming, max_bytes: usize) -> Result<Bytes, Fet
         }
     }
     Ok(bytes.freeze())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_a_refusal_says_that_nobody_serves() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        drop(listener);
+        let limit = Duration::from_millis(200);
+        let fetch = Fetch { addr, path: "/", connect_timeout: limit, timeout: limit * 10, max_bytes: 10 };
+        assert_eq!(fetch.get().await, Err(FetchError::Refused(addr)));
+        // One that has no room for another connection does not refuse it: it says nothing.
+        let full = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        full.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        full.listen(1).unwrap();
+        let addr = full.local_addr().unwrap().as_socket().unwrap();
+        let fetch = Fetch { addr, ..fetch };
+        let mut waiting = Vec::new();
+        while let Ok(Ok(stream)) = timeout(limit, TcpStream::connect(addr)).await {
+            waiting.push(stream);
+        }
+        assert!(matches!(fetch.get().await, Err(FetchError::NoConnection(..))));
+    }
 }

@@ -32,6 +32,8 @@ const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 const MODELS_MAX: usize = 1024;
 /// Longest model id.
 const ID_BYTES_MAX: usize = 256;
+/// How much is said about an answer that cannot be used.
+const WHAT_CHARS_MAX: usize = 200;
 /// First wait after a failed probe; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(250);
 /// Longest wait after a failed probe: a model that takes an hour to load is live a moment after it has loaded.
@@ -115,7 +117,12 @@ fn advice(status: StatusCode) -> &'static str {
 }
 
 impl ProbeError {
-    /// Whether the server cannot even be connected to.
+    /// Whether there is no connection, so that another address may be the right one.
+    fn is_elsewhere(&self) -> bool {
+        self.refused() || matches!(self, ProbeError::NoAnswer { error: FetchError::NoConnection(..), .. })
+    }
+
+    /// Whether it is certain that nobody serves there.
     pub fn refused(&self) -> bool {
         matches!(self, ProbeError::NoAnswer { error: FetchError::Refused(_) | FetchError::Unreachable(..), .. })
     }
@@ -202,7 +209,7 @@ pub async fn ask(target: &Target) -> Result<Listing, ProbeError> {
         match ask_at(target, *addr).await {
             Ok(models) => return Ok(Listing { addr: *addr, models }),
             // Only an address where nobody listens leaves room for another one.
-            Err(error) if error.refused() => last = last.or(Some(error)),
+            Err(error) if error.is_elsewhere() => last = last.or(Some(error)),
             Err(error) => return Err(error),
         }
     }
@@ -214,7 +221,7 @@ async fn ask_at(target: &Target, addr: SocketAddr) -> Result<Vec<Arc<ModelObject
     match &target.health {
         HealthPath::None => {}
         HealthPath::Usual => match get(target, addr, "/health", HEALTH_TIMEOUT).await {
-            Err(error) if error.refused() => return Err(error),
+            Err(error) if error.is_elsewhere() => return Err(error),
             Ok((status, _)) if status.is_server_error() => {
                 return Err(ProbeError::Status { path: "/health".to_owned(), status });
             }
@@ -233,7 +240,13 @@ async fn ask_at(target: &Target, addr: SocketAddr) -> Result<Vec<Arc<ModelObject
     if status != StatusCode::OK {
         return Err(ProbeError::Status { path, status });
     }
-    parse_models(&body).map_err(|what| ProbeError::Unusable { path, what })
+    parse_models(&body).map_err(|mut what| {
+        // It quotes the answer, which may be long.
+        if let Some((end, _)) = what.char_indices().nth(WHAT_CHARS_MAX) {
+            what.truncate(end);
+        }
+        ProbeError::Unusable { path, what }
+    })
 }
 
 async fn get(

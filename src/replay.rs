@@ -252,7 +252,7 @@ impl Replay {
         let Tail::Lent(away) = &mut self.tail else {
             return Ok(matches!(self.tail, Tail::Complete));
         };
-        // The connection that had it has ended, so this does not wait for anything remote.
+        // Whoever had it has dropped its connection, and with it the body: this does not wait for anything remote.
         let Ok(mut flow) = away.await else {
             self.tail = Tail::Spent;
             return Ok(false);

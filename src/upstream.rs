@@ -3,8 +3,8 @@
 //! Idle connections are kept apart per worker thread, so the lock around them is never contended on the request path and
 //! a connection is always driven by the thread that uses it. Nothing here knows models, retries or HTTP semantics.
 //!
-//! Every connection is a task of its own that drives hyper's HTTP/1.1 client. [`Upstream::cut`] aborts those tasks: hyper
-//! then fails the pending head or body of their requests, which costs the requests nothing while nobody cuts.
+//! Every connection is a task of its own that drives hyper's HTTP/1.1 client. A request that ends without its answer aborts
+//! the task of its connection, and [`Upstream::cut`] aborts all of them: hyper then fails the pending head or body of their requests, which costs the requests nothing while nobody cuts.
 
 use std::{
     cell::Cell,
@@ -20,7 +20,11 @@ use std::{
     time::Duration,
 };
 
-use hyper::client::conn::http1::{self, SendRequest};
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::http1::{self, SendRequest},
+};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -100,9 +104,25 @@ struct Shard {
 
 #[derive(Debug)]
 struct Idle {
+    connection: Connection,
+    since: Instant,
+}
+
+/// An open connection. Dropping it ends it at once, with whatever is still being written to it: a backend that does not
+/// read would otherwise keep a request's body, and so its client, for ever.
+#[derive(Debug)]
+struct Connection {
     sender: SendRequest<AttemptBody>,
     heard_bytes: Arc<AtomicU64>,
-    since: Instant,
+    task: AbortHandle,
+}
+
+/// Takes a connection off the list of open ones when its task ends, however it ends.
+#[derive(Debug)]
+struct OpenGuard {
+    shared: Weak<Shared>,
+    shard: usize,
+    key: u64,
 }
 
 /// A connection that counts what it hears: whether a backend had begun to answer decides whether another may be asked.
@@ -115,11 +135,9 @@ struct Counted {
 /// The right to send one request on one connection.
 #[derive(Debug)]
 pub struct Lease {
-    /// Sends the request.
-    pub sender: SendRequest<AttemptBody>,
+    connection: Connection,
     /// The connection has carried a request before: it may have died while idle.
     pub reused: bool,
-    heard_bytes: Arc<AtomicU64>,
     heard_before: u64,
     shard: usize,
     shared: Arc<Shared>,
@@ -145,9 +163,9 @@ impl Upstream {
     /// When a new one is needed and cannot be had.
     pub async fn lease(&self, now: Instant) -> Result<Lease, ConnectError> {
         let shard = self.shared.this_shard();
-        if let Some(Idle { sender, heard_bytes, .. }) = self.shared.take_idle(shard, now) {
-            let heard_before = heard_bytes.load(Relaxed);
-            return Ok(Lease { sender, reused: true, heard_bytes, heard_before, shard, shared: self.shared.clone() });
+        if let Some(connection) = self.shared.take_idle(shard, now) {
+            let heard_before = connection.heard_bytes.load(Relaxed);
+            return Ok(Lease { connection, reused: true, heard_before, shard, shared: self.shared.clone() });
         }
         self.lease_fresh().await
     }
@@ -158,6 +176,9 @@ impl Upstream {
     /// When it cannot be had.
     pub async fn lease_fresh(&self) -> Result<Lease, ConnectError> {
         let shard = self.shared.this_shard();
+        if self.shared.lock(shard).cut {
+            return Err(ConnectError::Cut);
+        }
         let connect = timeout(self.shared.connect_timeout, TcpStream::connect(self.shared.addr));
         let stream = match connect.await {
             Err(_) => return Err(ConnectError::TimedOut),
@@ -181,20 +202,20 @@ impl Upstream {
         }
         let key = this.opened;
         this.opened += 1;
-        let weak: Weak<Shared> = Arc::downgrade(&self.shared);
+        let guard = OpenGuard { shared: Arc::downgrade(&self.shared), shard, key };
         // Not tracked by the application: the connection lives no longer than the request that leases it, or than its
         // place among the idle ones, and both are ended by `retire` and `cut`.
         #[allow(clippy::disallowed_methods)]
         let task = tokio::spawn(async move {
             // How it ended is told to the request on it, if there is one.
             let _ = connection.await;
-            if let Some(shared) = weak.upgrade() {
-                shared.lock(shard).open.remove(&key);
-            }
-        });
-        this.open.insert(key, task.abort_handle());
+            drop(guard);
+        })
+        .abort_handle();
+        this.open.insert(key, task.clone());
         drop(this);
-        Ok(Lease { sender, reused: false, heard_bytes, heard_before: 0, shard, shared: self.shared.clone() })
+        let connection = Connection { sender, heard_bytes, task };
+        Ok(Lease { connection, reused: false, heard_before: 0, shard, shared: self.shared.clone() })
     }
 
     /// Closes idle connections and keeps none from now on; requests under way go on.
@@ -221,7 +242,9 @@ impl Upstream {
         for shard in &self.shared.shards {
             let mut shard = lock(shard);
             shard.cut = true;
-            for (_, task) in shard.open.drain() {
+            let open = std::mem::take(&mut shard.open);
+            drop(shard);
+            for task in open.into_values() {
                 task.abort();
             }
         }
@@ -239,17 +262,19 @@ impl Shared {
         lock(&self.shards[shard])
     }
 
-    fn take_idle(&self, shard: usize, now: Instant) -> Option<Idle> {
+    fn take_idle(&self, shard: usize, now: Instant) -> Option<Connection> {
         let mut shard = self.lock(shard);
         // The newest first: what is old stays old and is closed.
-        while let Some(idle) = shard.idle.pop() {
-            if now.saturating_duration_since(idle.since) >= IDLE_MAX {
+        while let Some(Idle { connection, since }) = shard.idle.pop() {
+            if now.saturating_duration_since(since) >= IDLE_MAX {
                 // All below it are older still.
-                shard.idle.clear();
+                let stale = std::mem::take(&mut shard.idle);
+                drop(shard);
+                drop((connection, stale));
                 return None;
             }
-            if idle.sender.is_ready() {
-                return Some(idle);
+            if connection.sender.is_ready() {
+                return Some(connection);
             }
         }
         None
@@ -264,26 +289,50 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 // === impl Lease ===
 
 impl Lease {
-    /// The backend has sent something since this lease began.
-    pub fn has_heard(&self) -> bool {
-        self.heard_bytes.load(Relaxed) != self.heard_before
+    /// Sends the request.
+    ///
+    /// # Errors
+    /// The connection broke before the head of an answer, or was never fit.
+    pub async fn send(&mut self, request: Request<AttemptBody>) -> hyper::Result<Response<Incoming>> {
+        self.connection.sender.send_request(request).await
     }
 
-    /// Keeps the connection for the next request, if it can carry one.
+    /// The backend has sent something since this lease began.
+    pub fn has_heard(&self) -> bool {
+        self.connection.heard_bytes.load(Relaxed) != self.heard_before
+    }
+
+    /// Keeps the connection for the next request, if it can carry one: not if the backend closes it, and not if the answer
+    /// was complete before the request was.
     pub fn give_back(self, now: Instant) {
-        if self.sender.is_closed() {
+        if !self.connection.sender.is_ready() {
             return;
         }
         let mut shard = self.shared.lock(self.shard);
         if shard.retired {
+            drop(shard);
             return;
         }
         // The oldest is at the bottom; close it when its time is over or the room is used up.
         let stale = shard.idle.first().is_some_and(|i| now.saturating_duration_since(i.since) >= IDLE_MAX);
-        if stale || shard.idle.len() >= IDLE_CONNECTIONS_MAX {
-            shard.idle.remove(0);
+        let closed = (stale || shard.idle.len() >= IDLE_CONNECTIONS_MAX).then(|| shard.idle.remove(0));
+        shard.idle.push(Idle { connection: self.connection, since: now });
+        drop(shard);
+        drop(closed);
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Drop for OpenGuard {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.lock(self.shard).open.remove(&self.key);
         }
-        shard.idle.push(Idle { sender: self.sender, heard_bytes: self.heard_bytes, since: now });
     }
 }
 

@@ -1,4 +1,4 @@
-//! Finds requests that say their length in two ways, which hyper would accept by dropping one of them. Pure.
+//! Finds requests that say their length in two ways, or obscurely, which hyper would accept by dropping one of them. Pure.
 //!
 //! A server in front that believes the other one sees other requests than we do: request smuggling (RFC 9112, 6.1 and
 //! 11.2). hyper reads `Transfer-Encoding`, drops `Content-Length`, and tells nobody; so the bytes are watched on their way
@@ -39,9 +39,13 @@ const LINE_BYTES: usize = 48;
 struct Head {
     line: [u8; LINE_BYTES],
     line_len: usize,
+    /// The current line is longer than what is kept of it.
+    cut: bool,
     lines: u32,
     length: Option<u64>,
     chunked: bool,
+    /// Its length is written so that it cannot be told here.
+    obscure: bool,
 }
 
 impl Default for Framing {
@@ -52,7 +56,7 @@ impl Default for Framing {
 
 impl Default for Head {
     fn default() -> Head {
-        Head { line: [0; LINE_BYTES], line_len: 0, lines: 0, length: None, chunked: false }
+        Head { line: [0; LINE_BYTES], line_len: 0, cut: false, lines: 0, length: None, chunked: false, obscure: false }
     }
 }
 
@@ -142,6 +146,7 @@ impl Head {
         let taken = bytes.len().min(room);
         self.line[self.line_len..self.line_len + taken].copy_from_slice(&bytes[..taken]);
         self.line_len += taken;
+        self.cut |= taken < bytes.len();
     }
 
     /// Looks at a complete line; true if it was the empty one at the end.
@@ -149,12 +154,15 @@ impl Head {
         let line = &self.line[..self.line_len];
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         self.line_len = 0;
+        let cut = std::mem::take(&mut self.cut);
         if line.is_empty() {
             // Empty lines before a request line are allowed (RFC 9112, 2.2).
             return self.lines > 0;
         }
         self.lines += 1;
         if let Some(value) = value_of(line, b"content-length:") {
+            // Nobody needs so many digits or blanks for a length.
+            self.obscure |= cut;
             let digits = value.trim_ascii();
             let length = std::str::from_utf8(digits).ok().and_then(|text| text.parse().ok());
             // hyper refuses what is no number; until then, nothing of it can be followed.
@@ -168,7 +176,7 @@ impl Head {
     }
 
     fn is_ambiguous(&self) -> bool {
-        self.chunked && self.length.is_some()
+        self.obscure || self.chunked && self.length.is_some()
     }
 
     fn state_after(&self) -> State {
@@ -219,6 +227,16 @@ mod tests {
             let all = [PLAIN, GET, CHUNKED, both].concat();
             for step in 1..all.len() {
                 assert_eq!(ambiguous(all.as_bytes(), step), [3], "pieces of {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_hidden_in_a_long_line_is_refused() {
+        for padding in [" ".repeat(60), "0".repeat(60)] {
+            let hidden = format!("POST / HTTP/1.1\r\nContent-Length:{padding}13\r\n\r\n");
+            for step in 1..hidden.len() {
+                assert_eq!(ambiguous(hidden.as_bytes(), step), [0], "pieces of {step}");
             }
         }
     }

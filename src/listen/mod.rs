@@ -11,7 +11,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll, ready},
     thread::JoinHandle,
@@ -27,7 +27,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::mpsc,
-    time::sleep,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -196,40 +196,41 @@ async fn work(
     let graceful = GracefulShutdown::new();
     let server = server();
     loop {
-        let (stream, peer) = tokio::select! {
-            biased;
-            () = finish.cancelled() => break,
-            connection = incoming.recv() => match connection {
-                Some(connection) => connection,
-                None => break,
-            },
-        };
+        // Ends once nobody can hand over any more and everything that was handed over is served.
+        let Some((stream, peer)) = incoming.recv().await else { break };
         let closed = CloseGuard(open.clone());
         let Some(stream) = adopt(stream) else { continue };
         let smuggled = Arc::new(AtomicU64::new(NONE));
         let interim = Arc::new(Interim::default());
-        let io = TokioIo::new(Watched {
+        let reset = Arc::new(AtomicBool::new(false));
+        let watched = Watched {
             stream,
+            reset: reset.clone(),
             framing: Framing::default(),
             smuggled: smuggled.clone(),
             interim: interim.clone(),
             gap: Gap::default(),
-        });
+        };
         let proxy = proxy.clone();
         let requests = AtomicU64::new(0);
         let service = service_fn(move |request| {
             let number = requests.fetch_add(1, Relaxed);
             let smuggling = smuggled.load(Relaxed) == number;
-            let peer = Peer { ip: peer.ip().to_canonical(), smuggling, interim: interim.clone() };
+            let peer = Peer { ip: peer.ip().to_canonical(), smuggling, interim: interim.clone(), reset: reset.clone() };
             let proxy = proxy.clone();
             async move { Ok::<_, std::convert::Infallible>(proxy.handle(request, peer).await) }
         });
-        let connection = graceful.watch(server.serve_connection(io, service).into_owned());
+        let (watcher, server, finish) = (graceful.watcher(), server.clone(), finish.clone());
         // The graceful shutdown of this worker is what waits for it.
         #[allow(clippy::disallowed_methods)]
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
+            // hyper's own clock starts only once it knows the version. A connection without a word is held for so long.
+            let silent = timeout(HEAD_TIMEOUT, watched.stream.readable());
+            if matches!(finish.run_until_cancelled(silent).await, Some(Ok(Ok(())))) {
+                let connection = server.serve_connection(TokioIo::new(watched), service).into_owned();
+                if let Err(error) = watcher.watch(connection).await {
+                    tracing::debug!(%error, "connection ended");
+                }
             }
             drop(closed);
         });
@@ -282,6 +283,16 @@ struct Watched {
     smuggled: Arc<AtomicU64>,
     interim: Arc<Interim>,
     gap: Gap,
+    reset: Arc<AtomicBool>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if self.reset.load(Relaxed) {
+            // Closing a socket that must not linger resets it.
+            let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        }
+    }
 }
 
 impl AsyncRead for Watched {

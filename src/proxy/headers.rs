@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -67,6 +67,7 @@ pub struct Client {
 /// Turns a request's headers into those for a backend, but for `Host`, which differs from one to the next.
 pub fn prepare_request(headers: &mut HeaderMap, client: Client, request_id: &HeaderValue) {
     strip_hop_by_hop(headers);
+    join_cookies(headers);
     // The body has been asked for already; the backend's 100 would come too late.
     headers.remove(header::EXPECT);
     if let (Some(host), false) = (headers.get(header::HOST).cloned(), headers.contains_key(X_FORWARDED_HOST)) {
@@ -78,6 +79,18 @@ pub fn prepare_request(headers: &mut HeaderMap, client: Client, request_id: &Hea
     forwarded_for(headers, client.ip);
     if !headers.contains_key(X_REQUEST_ID) {
         headers.insert(X_REQUEST_ID, request_id.clone());
+    }
+}
+
+/// HTTP/2 splits a cookie line into crumbs, which HTTP/1.1 knows as one line (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(header::COOKIE).iter();
+    if crumbs.next().is_none() || crumbs.next().is_none() {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(line) = HeaderValue::try_from(crumbs.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, line);
     }
 }
 
@@ -105,10 +118,14 @@ fn forwarded_for(headers: &mut HeaderMap, ip: IpAddr) {
 }
 
 /// Turns a backend's response headers into those for the client.
-pub fn prepare_response(headers: &mut HeaderMap, request_id: &HeaderValue, client_version: Version) {
+pub fn prepare_response(headers: &mut HeaderMap, request_id: &HeaderValue, to_http_1_0: bool) {
     strip_hop_by_hop(headers);
-    if client_version == Version::HTTP_10 {
+    if to_http_1_0 {
         headers.remove(header::TRAILER);
+        if !headers.contains_key(header::CONTENT_LENGTH) {
+            // Only the end of the connection can end this answer.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
     }
     if !headers.contains_key(X_REQUEST_ID) {
         headers.insert(X_REQUEST_ID, request_id.clone());
@@ -258,11 +275,11 @@ mod tests {
     #[test]
     fn event_streams_are_recognised_and_unbuffered() {
         let mut headers = map(&[("content-type", "Text/Event-Stream; charset=utf-8")]);
-        prepare_response(&mut headers, &HeaderValue::from_static("id"), Version::HTTP_11);
+        prepare_response(&mut headers, &HeaderValue::from_static("id"), false);
         assert_eq!(headers["x-accel-buffering"], "no");
         assert_eq!(headers["x-request-id"], "id");
         let mut headers = map(&[("content-type", "application/json"), ("x-request-id", "backend's")]);
-        prepare_response(&mut headers, &HeaderValue::from_static("id"), Version::HTTP_11);
+        prepare_response(&mut headers, &HeaderValue::from_static("id"), false);
         assert!(!headers.contains_key("x-accel-buffering"));
         assert_eq!(headers["x-request-id"], "backend's");
     }

@@ -15,7 +15,14 @@ pub mod interim;
 pub mod paths;
 pub mod stream;
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
@@ -28,7 +35,7 @@ use self::{
     headers::{Client, X_REQUEST_ID},
     interim::Interim,
     paths::Target,
-    stream::{EventStream, ProxyBody, Relayed},
+    stream::{AbnormalEnd, EventStream, ProxyBody, Relayed},
 };
 use crate::{
     admin::Admin,
@@ -72,6 +79,8 @@ pub struct Peer {
     pub ip: IpAddr,
     /// The way for interim responses.
     pub interim: Arc<Interim>,
+    /// Set: the connection must not end cleanly, as its end would be taken for that of an answer that was cut.
+    pub reset: Arc<AtomicBool>,
     /// The request's head says its length in two ways, so that two servers could read two different requests
     /// (RFC 9112, 6.1).
     pub smuggling: bool,
@@ -137,8 +146,13 @@ impl Proxy {
             _ => new_request_id(),
         };
         let origin = self.cors.allow(request.headers());
+        let can_close = request.version() <= Version::HTTP_11;
         let mut response = self.dispatch(request, peer, &request_id).await;
         let headers = response.headers_mut();
+        if can_close && self.admin.stopping.load(Ordering::Relaxed) {
+            // Whoever keeps this connection would lose the request it sends just when it is closed.
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         if !headers.contains_key(X_REQUEST_ID) {
             headers.insert(X_REQUEST_ID, request_id);
         }
@@ -229,6 +243,7 @@ impl Proxy {
             self.metrics.clone(),
             self.access_log,
         );
+        let reset = peer.reset;
         let outcome = match self.read_model(&head, body).await {
             Err((error, rest)) => {
                 discard(rest).await;
@@ -250,7 +265,10 @@ impl Proxy {
             }
         };
         match outcome {
-            Ok((served, client_version)) => self.relay(served, exchange, dialect, client_version, request_id),
+            Ok((served, client_version)) => {
+                let reset = (client_version == Version::HTTP_10).then_some(reset);
+                self.relay(served, exchange, dialect, reset, request_id)
+            }
             Err(error) => {
                 let response = own(error.response(dialect));
                 exchange.status = response.status().as_u16();
@@ -335,8 +353,9 @@ impl Proxy {
                     return Err(give_up);
                 }
                 // The connection was closed while it was idle: that says nothing about the backend.
-                Failure::Broke { reused: true, .. } => fresh_only = true,
-                Failure::Broke { reused: false, .. } | Failure::Connect(_) => {
+                // One that has been told to stop may be somebody else at the same address by now.
+                Failure::Broke { reused: true, .. } if !backend.is_closed() => fresh_only = true,
+                Failure::Broke { .. } | Failure::Connect(_) => {
                     tried.push(backend);
                     let retries = u32::try_from(tried.len()).unwrap_or(u32::MAX);
                     if retries > self.retries {
@@ -387,6 +406,10 @@ impl Proxy {
         let mut request = Request::new(body);
         *request.method_mut() = route.method.clone();
         *request.uri_mut() = route.uri_for(&backend.spec.base_path);
+        if request.body().size_hint().exact().is_none() && !headers.contains_key(header::CONTENT_LENGTH) {
+            // hyper would leave a body of unknown length out where the method seldom has one.
+            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
         *request.headers_mut() = headers;
         if let Some(interim) = route.interim.clone() {
             hyper::ext::on_informational(&mut request, move |hint| interim.send(hint.status(), hint.headers()));
@@ -397,7 +420,7 @@ impl Proxy {
         };
         let mut lease = lease.map_err(Failure::Connect)?;
         let reused = lease.reused;
-        let answer = lease.sender.send_request(request);
+        let answer = lease.send(request);
         let answered = match self.head_limit() {
             None => answer.await,
             Some((limit, knob)) => match timeout(limit, answer).await {
@@ -426,20 +449,21 @@ impl Proxy {
         served: Served,
         mut exchange: Exchange,
         dialect: Dialect,
-        client_version: Version,
+        reset: Option<Arc<AtomicBool>>,
         request_id: &HeaderValue,
     ) -> Response<ProxyBody> {
         let Served { response, lease, in_flight } = served;
         let (mut head, body) = response.into_parts();
         exchange.status = head.status.as_u16();
-        headers::prepare_response(&mut head.headers, request_id, client_version);
+        headers::prepare_response(&mut head.headers, request_id, reset.is_some());
         headers::hide_backend(&mut head.headers, &in_flight.backend().authority, &in_flight.backend().spec.base_path);
         // An event can be added only where the end is not announced and the bytes are not compressed.
         let open_end =
             !head.headers.contains_key(header::CONTENT_LENGTH) && !head.headers.contains_key(header::CONTENT_ENCODING);
         let events = (open_end && headers::is_event_stream(&head.headers)).then_some(EventStream { dialect });
+        let ending = AbnormalEnd { events, reset };
         head.version = Version::HTTP_11;
-        let relayed = Relayed::new(body, exchange, in_flight, lease, events, self.idle_timeout);
+        let relayed = Relayed::new(body, exchange, in_flight, lease, ending, self.idle_timeout);
         Response::from_parts(head, ProxyBody::Relayed(Box::new(relayed)))
     }
 

@@ -5,6 +5,10 @@
 
 use std::{
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -48,13 +52,22 @@ pub struct EventStream {
     pub dialect: Dialect,
 }
 
+/// How a client is told that its answer was cut.
+#[derive(Debug, Default)]
+pub struct AbnormalEnd {
+    /// By an event, where the answer is an event stream that one can be added to.
+    pub events: Option<EventStream>,
+    /// By a reset of the connection, where nothing else tells a cut from an end (HTTP/1.0).
+    pub reset: Option<Arc<AtomicBool>>,
+}
+
 /// A backend's answer, with all that depends on it.
 #[derive(Debug)]
 pub struct Relayed {
     inner: Incoming,
     /// Taken at the end.
     settle: Option<Settle>,
-    events: Option<EventStream>,
+    ending: AbnormalEnd,
     silence: Option<Silence>,
     aborting: Option<Aborting>,
 }
@@ -81,18 +94,18 @@ struct Aborting {
 }
 
 impl Relayed {
-    /// Relays `inner`. `events` says that it is an event stream and that an error event may be put at its end.
+    /// Relays `inner`. `ending` is what to do if it is cut.
     pub fn new(
         inner: Incoming,
         exchange: Exchange,
         in_flight: InFlight,
         lease: Lease,
-        events: Option<EventStream>,
+        ending: AbnormalEnd,
         idle_timeout: Option<Duration>,
     ) -> Relayed {
         let silence = idle_timeout.map(|limit| Silence { limit, timer: Box::pin(sleep(limit)) });
         let mut relayed =
-            Relayed { inner, settle: Some(Settle { exchange, in_flight, lease }), events, silence, aborting: None };
+            Relayed { inner, settle: Some(Settle { exchange, in_flight, lease }), ending, silence, aborting: None };
         if relayed.inner.is_end_stream() {
             // Nobody will ask a body that is over for its end.
             relayed.complete();
@@ -123,7 +136,10 @@ impl Relayed {
             what: "broke off its answer; nothing more of it will come",
             attempts: exchange.attempts,
         };
-        let event = self.events.map(|events| error.stream_event(events.dialect, exchange.path()));
+        if let Some(reset) = &self.ending.reset {
+            reset.store(true, Relaxed);
+        }
+        let event = self.ending.events.map(|events| error.stream_event(events.dialect, exchange.path()));
         exchange.end(Ending::BackendBroke);
         drop((lease, in_flight));
         match event {

@@ -526,3 +526,24 @@ async fn h01_a_slow_head_keeps_nobody_waiting() {
     let asked = tokio::time::timeout(Duration::from_secs(5), app.ask(&Request::chat("m"))).await;
     assert_eq!(asked.expect("others are served meanwhile").status, 200);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r08_a_body_of_unknown_length_passes_with_every_method() {
+    let (upstream, app) = one().await;
+    for method in ["GET", "DELETE", "POST"] {
+        let count = upstream.count();
+        let body: &[u8] = br#"{"model":"m"}"#;
+        let answer = app.ask(&Request::new(method, "/v1/responses/r1").chunks([body])).await;
+        assert_eq!(answer.status, 200, "{method}: {}", answer.text());
+        assert_eq!(upstream.whole(count).await.body.bytes, body, "{method}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_two_content_types_are_refused() {
+    let (upstream, app) = one().await;
+    let form = "multipart/form-data; boundary=x";
+    let request = Request::chat("m").header("content-type", "application/json").header("content-type", form);
+    assert_eq!(app.ask(&request).await.status, 400);
+    assert_eq!(upstream.count(), 0);
+}

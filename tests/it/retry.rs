@@ -299,3 +299,38 @@ async fn h02_an_answer_that_comes_before_the_request_is_over() {
     assert_eq!((answer.status, answer.text().as_str()), (400, refusal));
     assert_eq!(upstream.count(), 1);
 }
+
+/// A body that its backend does not read must not keep the answer from its client, nor the backend's place from others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h02_a_backend_that_does_not_read_is_given_up_in_time() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let knobs = [("PROXY_FIRST_BYTE_TIMEOUT", "500ms"), ("PROXY_RETRIES", "0")];
+    let app = TestApp::start_with_backends(&knobs, &[&upstream]).await;
+    upstream.script(vec![Step::Hold(Gate::shut())]);
+    let body = format!(r#"{{"model":"m","prompt":"{}"}}"#, "text ".repeat(4_000_000));
+    let request = Request::post("/v1/completions", &body);
+    let mut client = app.client().await;
+    client.send(request.head_bytes()).await;
+    // The client may be cut in the midst of its upload: the answer is on its way by then.
+    let _ = client.try_send(&body).await;
+    let answer = client.answer().await;
+    assert_eq!(answer.status, 504, "{}", answer.text());
+    app.inflight_is("a", "m", 0.0).await;
+}
+
+/// Whoever has been answered is done, on both sides, even if the backend never read the rest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h02_nothing_is_left_of_a_request_that_was_answered_early() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let refusal = "HTTP/1.1 413 Content Too Large\r\ncontent-length: 2\r\n\r\nno";
+    upstream.script(vec![Step::ReadAtLeast(1), Step::Send(refusal.into()), Step::Hold(Gate::shut())]);
+    let body = format!(r#"{{"model":"m","prompt":"{}"}}"#, "text ".repeat(4_000_000));
+    let mut client = app.client().await;
+    client.send(Request::post("/v1/completions", &body).head_bytes()).await;
+    client.send(&body[..50_000]).await;
+    assert_eq!(client.answer().await.status, 413);
+    client.close();
+    upstream.hung_up(0).await;
+    app.inflight_is("a", "m", 0.0).await;
+}

@@ -541,3 +541,16 @@ async fn s05_other_streams_and_answers_pass_byte_for_byte() {
         assert!(answer.is_whole() && answer.bytes() == bytes, "{content_type}, chunked");
     }
 }
+
+/// HTTP/1.0 has no chunks: only a reset tells a cut from the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s03_an_http_1_0_client_sees_that_its_answer_was_cut() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n";
+    upstream.script(vec![Step::ReadBody, Step::Send(head.into()), Step::SendChunk("half of it".into()), Step::Reset]);
+    let mut client = app.client().await;
+    client.send(Request::chat("m").http10().bytes()).await;
+    let answer = client.answer().await;
+    assert_eq!((answer.text().as_str(), answer.end), ("half of it", End::Reset));
+}

@@ -204,6 +204,8 @@ impl Watcher {
                 return change;
             }
             self.start_looks();
+            // A list that looks have not caught up with yet is not replaced, unless the stream must be begun again.
+            let may_list = !self.listing && (self.outstanding.is_none() || self.heard.is_none());
             let heard = async {
                 match &mut self.heard {
                     Some((heard, _)) => heard.recv().await,
@@ -215,7 +217,7 @@ impl Watcher {
                 // Events first: a stop notice must not wait for anything.
                 heard = heard => match heard {
                     Some(Heard::Notice(notice)) => self.on_notice(notice),
-                    Some(Heard::Overflow) => self.list_at = Instant::now(),
+                    Some(Heard::Overflow) => self.on_overflow(),
                     Some(Heard::Over(error)) => self.on_stream_over(error),
                     None => self.heard = None,
                 },
@@ -223,7 +225,7 @@ impl Watcher {
                     Finished::Looked { id, heard, outcome } => self.on_looked(id, heard, outcome),
                     Finished::Listed { ids, context } => self.on_listed(ids, context),
                 },
-                () = sleep_until(self.list_at), if !self.listing => self.begin_list(),
+                () = sleep_until(self.list_at), if may_list => self.begin_list(),
             }
         }
     }
@@ -289,6 +291,15 @@ impl Watcher {
         }
     }
 
+    /// Events were lost here. The list tells most of what they said, but no stop notice: the engine is asked again for
+    /// those.
+    fn on_overflow(&mut self) {
+        self.list_at = Instant::now();
+        if let Some(engine) = self.engine.clone() {
+            self.subscribe(&engine);
+        }
+    }
+
     fn on_notice(&mut self, notice: Notice) {
         if !self.seen.is_new(&notice) {
             return;
@@ -348,6 +359,10 @@ impl Watcher {
         let dependents: Vec<String> =
             self.tracks.iter().filter(|(_, track)| depends(track)).map(|(id, _)| id.clone()).collect();
         for id in dependents {
+            if let Some(track) = self.tracks.get_mut(&id) {
+                // A look that is under way may have seen the owner as it was.
+                track.heard += 1;
+            }
             self.look_at(&id);
         }
     }
@@ -408,7 +423,12 @@ impl Watcher {
         let endpoint = seen.endpoint(&self.context);
         track.seen = Some(seen);
         let Some(endpoint) = endpoint.filter(|_| exists) else {
-            if track.endpoint.take().is_some() {
+            let was_there = track.endpoint.take().is_some();
+            if !exists {
+                // It comes back by an event or by the list; until then it takes no room.
+                self.tracks.remove(id);
+            }
+            if was_there {
                 self.out.push_back(Ok(Change::Ended(id.into())));
             }
             return;
