@@ -50,7 +50,9 @@ pub struct App {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The port cannot be had.
-    #[error("cannot listen on {what} port {port}: {error}")]
+    #[error(
+        "cannot listen on {what} port {port}: {error} (PROXY_PORT, PROXY_ADMIN_PORT and PROXY_BIND say where to listen)"
+    )]
     Bind {
         /// `data` or `admin`.
         what: &'static str,
