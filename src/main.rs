@@ -57,7 +57,7 @@ fn main() -> ExitCode {
             }
             Call::DemoBackend(options) => demo::serve(options).await,
             Call::AllocateMb(megabytes) => {
-                demo::allocate_mb(megabytes);
+                demo::allocate_as_child(megabytes);
                 ExitCode::SUCCESS
             }
         }

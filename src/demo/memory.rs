@@ -5,8 +5,16 @@ use std::{io, process::Command, thread, time::Duration};
 /// How long [`allocate_mb`] holds what it has.
 const HELD: Duration = Duration::from_secs(60);
 
-/// Allocates and touches `mib` MiB, holds them for a minute and returns: what `--allocate-mb` runs, to provoke an OOM kill.
-pub fn allocate_mb(mib: usize) {
+/// What `--allocate-mb` runs, as a child of the demo backend: allocates and holds `mib` MiB, after asking the
+/// kernel to kill this process first. Left to itself, it may pick the parent, and the container would be gone.
+pub fn allocate_as_child(mib: usize) {
+    // Where that is not allowed, the kernel picks whom it likes.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
+    allocate_mb(mib);
+}
+
+/// Allocates and touches `mib` MiB, holds them for a minute and returns, to provoke an OOM kill.
+pub(super) fn allocate_mb(mib: usize) {
     let mut memory: Vec<u8> = Vec::new();
     match memory.try_reserve_exact(mib << 20) {
         // Not zero: the kernel gives pages of zeros without taking memory for them.

@@ -44,7 +44,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub use self::memory::allocate_mb;
+pub use self::memory::allocate_as_child;
 use self::{
     control::{OnSigterm, Settings},
     dispatch::Shared,
