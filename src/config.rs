@@ -406,7 +406,8 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(bytes_per_unit)
 }
 
-fn parse_bool(text: &str) -> Option<bool> {
+/// `true`, `1`, `yes`, `on` and their opposites, in any case.
+pub fn parse_bool(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
         "true" | "1" | "yes" | "on" => Some(true),
         "false" | "0" | "no" | "off" => Some(false),

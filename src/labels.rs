@@ -12,7 +12,7 @@ use std::{
     num::{NonZeroU16, NonZeroU32},
 };
 
-use crate::config::nearest;
+use crate::config::{nearest, parse_bool};
 
 /// The label that opts a container in; a list of containers can be filtered by its presence.
 pub const ENABLE: &str = "inference.enable";
@@ -164,7 +164,7 @@ pub fn parse<'a>(labels: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option
     let enable = *given.get(ENABLE)?;
 
     let mut reader = Reader { given, problems: Vec::new() };
-    let opted = match reader.strict(ENABLE, "true or false (also 1, yes, on; 0, no, off)", parse_switch) {
+    let opted = match reader.strict(ENABLE, "true or false (also 1, yes, on; 0, no, off)", parse_bool) {
         Some(true) => Opted::In,
         Some(false) => Opted::Out,
         None => Opted::Unclear(shown(enable.trim())),
@@ -267,14 +267,6 @@ fn shown(text: &str) -> String {
         shown.push('…');
     }
     shown
-}
-
-fn parse_switch(text: &str) -> Option<bool> {
-    match text.to_ascii_lowercase().as_str() {
-        "true" | "1" | "yes" | "on" => Some(true),
-        "false" | "0" | "no" | "off" => Some(false),
-        _ => None,
-    }
 }
 
 fn parse_base_path(text: &str) -> Option<String> {

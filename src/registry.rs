@@ -424,6 +424,7 @@ impl Registry {
                 Effect::Cut => entry.cut(),
                 Effect::CutSoon => {
                     if let Some(backend) = entry.backend.take() {
+                        backend.upstream.seal();
                         self.tasks.spawn(async move {
                             // Either way, its connections are of no more use.
                             let _ = timeout(LAST_BYTES, backend.drained()).await;

@@ -4,7 +4,8 @@
 //! a connection is always driven by the thread that uses it. Nothing here knows models, retries or HTTP semantics.
 //!
 //! Every connection is a task of its own that drives hyper's HTTP/1.1 client. A request that ends without its answer aborts
-//! the task of its connection, and [`Upstream::cut`] aborts all of them: hyper then fails the pending head or body of their requests, which costs the requests nothing while nobody cuts.
+//! the task of its connection, and [`Upstream::cut`] aborts all of them: hyper then fails the pending head or body of their
+//! requests, which costs the requests nothing while nobody cuts.
 
 use std::{
     cell::Cell,
@@ -98,8 +99,8 @@ struct Shard {
     opened: u64,
     /// No connection goes back to the idle ones.
     retired: bool,
-    /// No connection may be open.
-    cut: bool,
+    /// No connection may be opened.
+    sealed: bool,
 }
 
 #[derive(Debug)]
@@ -176,7 +177,7 @@ impl Upstream {
     /// When it cannot be had.
     pub async fn lease_fresh(&self) -> Result<Lease, ConnectError> {
         let shard = self.shared.this_shard();
-        if self.shared.lock(shard).cut {
+        if self.shared.lock(shard).sealed {
             return Err(ConnectError::Cut);
         }
         let connect = timeout(self.shared.connect_timeout, TcpStream::connect(self.shared.addr));
@@ -197,7 +198,7 @@ impl Upstream {
             .map_err(|_| ConnectError::Unreachable)?;
 
         let mut this = self.shared.lock(shard);
-        if this.cut {
+        if this.sealed {
             return Err(ConnectError::Cut);
         }
         let key = this.opened;
@@ -236,14 +237,19 @@ impl Upstream {
         }
     }
 
-    /// Ends every connection now, with the requests on it. For good.
-    pub fn cut(&self) {
+    /// Opens no connection from now on, for good: the address may be somebody else's by now. Requests under way go on.
+    pub fn seal(&self) {
         self.retire();
         for shard in &self.shared.shards {
-            let mut shard = lock(shard);
-            shard.cut = true;
-            let open = std::mem::take(&mut shard.open);
-            drop(shard);
+            lock(shard).sealed = true;
+        }
+    }
+
+    /// Ends every connection now, with the requests on it. For good.
+    pub fn cut(&self) {
+        self.seal();
+        for shard in &self.shared.shards {
+            let open = std::mem::take(&mut lock(shard).open);
             for task in open.into_values() {
                 task.abort();
             }
@@ -370,5 +376,22 @@ impl AsyncWrite for Counted {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_sealed_address_is_not_connected_to() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let upstream = Upstream::new(listener.local_addr().unwrap(), Duration::from_secs(5), 1);
+        let lease = upstream.lease_fresh().await.unwrap();
+        listener.accept().await.unwrap();
+        upstream.seal();
+        assert!(!lease.connection.task.is_finished(), "what is under way goes on");
+        assert_eq!(upstream.lease(Instant::now()).await.unwrap_err(), ConnectError::Cut);
+        assert!(futures::FutureExt::now_or_never(listener.accept()).is_none(), "nobody has come");
     }
 }

@@ -67,7 +67,6 @@ pub struct Client {
 /// Turns a request's headers into those for a backend, but for `Host`, which differs from one to the next.
 pub fn prepare_request(headers: &mut HeaderMap, client: Client, request_id: &HeaderValue) {
     strip_hop_by_hop(headers);
-    join_cookies(headers);
     // The body has been asked for already; the backend's 100 would come too late.
     headers.remove(header::EXPECT);
     if let (Some(host), false) = (headers.get(header::HOST).cloned(), headers.contains_key(X_FORWARDED_HOST)) {
@@ -83,7 +82,7 @@ pub fn prepare_request(headers: &mut HeaderMap, client: Client, request_id: &Hea
 }
 
 /// HTTP/2 splits a cookie line into crumbs, which HTTP/1.1 knows as one line (RFC 9113, 8.2.3).
-fn join_cookies(headers: &mut HeaderMap) {
+pub fn join_cookies(headers: &mut HeaderMap) {
     let mut crumbs = headers.get_all(header::COOKIE).iter();
     if crumbs.next().is_none() || crumbs.next().is_none() {
         return;
@@ -254,6 +253,13 @@ mod tests {
         assert_eq!(headers["forwarded"], "for=198.51.100.1");
         assert_eq!(headers["x-request-id"], "theirs");
         assert!(!headers.contains_key("expect"));
+    }
+
+    #[test]
+    fn cookie_crumbs_become_one_line_in_their_place() {
+        let mut headers = map(&[("a", "1"), ("cookie", "x=1"), ("b", "2"), ("cookie", "y=2")]);
+        join_cookies(&mut headers);
+        assert_eq!(lines(&headers), [("a", "1"), ("cookie", "x=1; y=2"), ("b", "2")]);
     }
 
     #[test]

@@ -255,6 +255,9 @@ impl Proxy {
                 if let Some(host) = head.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok()) {
                     head.headers.insert(header::HOST, host);
                 }
+                if client_version == Version::HTTP_2 {
+                    headers::join_cookies(&mut head.headers);
+                }
                 // HTTP/1.0 knows no interim responses; over HTTP/2 they would need frames of their own.
                 let interim = (client_version == Version::HTTP_11).then_some(peer.interim);
                 let route = Outgoing { method: head.method, uri: head.uri, below_v1: below_v1.is_some(), interim };
@@ -353,9 +356,8 @@ impl Proxy {
                     return Err(give_up);
                 }
                 // The connection was closed while it was idle: that says nothing about the backend.
-                // One that has been told to stop may be somebody else at the same address by now.
-                Failure::Broke { reused: true, .. } if !backend.is_closed() => fresh_only = true,
-                Failure::Broke { .. } | Failure::Connect(_) => {
+                Failure::Broke { reused: true, .. } => fresh_only = true,
+                Failure::Broke { reused: false, .. } | Failure::Connect(_) => {
                     tried.push(backend);
                     let retries = u32::try_from(tried.len()).unwrap_or(u32::MAX);
                     if retries > self.retries {
