@@ -15,7 +15,6 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderValue;
 use tokio::sync::Notify;
 
 use crate::{telemetry::metrics::ModelMetrics, upstream::Upstream};
@@ -43,7 +42,7 @@ pub struct Backend {
     /// What it is.
     pub spec: BackendSpec,
     /// `Host` header for requests to it.
-    pub authority: HeaderValue,
+    pub authority: String,
     /// Connections to it.
     pub upstream: Upstream,
     gate: Gate,
@@ -135,7 +134,7 @@ impl Gate {
 impl Backend {
     /// A backend that takes requests from now on. `workers` is the number of threads that will send to it.
     pub fn new(spec: BackendSpec, connect_timeout: Duration, workers: usize) -> Arc<Backend> {
-        let authority = HeaderValue::try_from(spec.addr.to_string()).expect("a socket address must be a header value");
+        let authority = spec.addr.to_string();
         let upstream = Upstream::new(spec.addr, connect_timeout, workers);
         Arc::new(Backend { spec, authority, upstream, gate: Gate::default(), drained: Notify::new() })
     }

@@ -26,6 +26,18 @@ pub enum ProxyError {
         /// What is wrong with it.
         message: String,
     },
+    /// The head of the request is larger than the limit.
+    #[error("{message}")]
+    HeadTooLarge {
+        /// What is too large.
+        message: String,
+    },
+    /// The request came too slowly.
+    #[error("{what} did not come in time")]
+    RequestTimeout {
+        /// Which part of it.
+        what: &'static str,
+    },
     /// No such path, or one that is never forwarded.
     #[error("{message}")]
     NoSuchPath {
@@ -86,9 +98,6 @@ pub enum ProxyError {
         /// The variable that sets it.
         knob: &'static str,
     },
-    /// The client went away. Nobody reads this answer; it exists for accounts.
-    #[error("the client closed the connection")]
-    ClientGone,
 }
 
 /// Seconds a client is asked to wait before it tries again.
@@ -99,6 +108,8 @@ impl ProxyError {
     pub fn status(&self) -> StatusCode {
         match self {
             ProxyError::BadRequest { .. } => StatusCode::BAD_REQUEST,
+            ProxyError::HeadTooLarge { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ProxyError::RequestTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             ProxyError::NoSuchPath { .. } | ProxyError::ModelNotFound { .. } => StatusCode::NOT_FOUND,
             ProxyError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             ProxyError::ModelUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
@@ -106,7 +117,6 @@ impl ProxyError {
             ProxyError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ProxyError::Backend { .. } => StatusCode::BAD_GATEWAY,
             ProxyError::BackendTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
-            ProxyError::ClientGone => client_gone(),
         }
     }
 
@@ -114,6 +124,8 @@ impl ProxyError {
     pub fn code(&self) -> &'static str {
         match self {
             ProxyError::BadRequest { code, .. } => code,
+            ProxyError::HeadTooLarge { .. } => "request_header_too_large",
+            ProxyError::RequestTimeout { .. } => "request_timeout",
             ProxyError::NoSuchPath { .. } => "not_found",
             ProxyError::MethodNotAllowed { .. } => "method_not_allowed",
             ProxyError::ModelNotFound { .. } => "model_not_found",
@@ -122,7 +134,6 @@ impl ProxyError {
             ProxyError::TooLarge { .. } => "request_too_large",
             ProxyError::Backend { .. } => "backend_error",
             ProxyError::BackendTimeout { .. } => "backend_timeout",
-            ProxyError::ClientGone => "client_gone",
         }
     }
 
@@ -203,11 +214,6 @@ impl ProxyError {
     }
 }
 
-/// nginx's number for "the client closed the request"; used in metrics and logs only.
-fn client_gone() -> StatusCode {
-    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -253,10 +259,5 @@ mod tests {
         let error = ProxyError::ModelNotFound { model: "a\"}\n\ndata: [DONE]\n\n".to_owned() };
         let event = error.stream_event(Dialect::OpenAi, "/v1/chat/completions");
         assert_eq!(event.iter().filter(|b| **b == b'\n').count(), 4, "{event:?}");
-    }
-
-    #[test]
-    fn client_gone_has_its_own_number() {
-        assert_eq!(ProxyError::ClientGone.status().as_u16(), 499);
     }
 }

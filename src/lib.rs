@@ -19,12 +19,18 @@
 //!
 //! # The life of a request
 //!
-//! [`listen`] accepts it on one of its worker threads, which keeps it to the end. [`proxy`] finds out what its path means
-//! ([`proxy::paths`]), reads its body up to the model it names ([`scan`], [`replay`]), looks the model up in the table,
-//! chooses a member of the model's pool ([`balance`]), claims a place on its backend, and sends it over a connection of
-//! that backend ([`upstream`]). If that fails before a byte of the answer has come, it is sent again: on a fresh connection
-//! if a reused one had died, else to another backend. The answer passes through [`proxy::stream`], which holds the claim
-//! and the account and settles both at its end, whichever end that is.
+//! [`listen`] accepts its connection on one of its worker threads, which keeps it to the end. There [`proxy`] serves it, in
+//! one task: it reads the head ([`http1::head`], [`proxy::client`]), finds out what its path means ([`proxy::paths`]),
+//! takes in its body up to the model it names ([`replay`], [`scan`]), looks the model up in the table, chooses a member
+//! of the model's pool ([`balance`]), claims a place on its backend, and sends it over a connection of that backend
+//! ([`upstream`], [`proxy::attempt`]). What is to be done if that fails is a table ([`proxy::failure`]): before a byte of
+//! the answer has come, it is sent again, on a fresh connection if a reused one had died, else to another backend. The
+//! answer passes through [`proxy::relay`], and claim, connection and account are settled at its end, whichever end that is.
+//!
+//! HTTP/1.1 is read and written here and not by a library, because the heads and the framing of two messages are all
+//! that a proxy has to understand, and understanding them in place costs less than half of what it costs to turn them
+//! into objects and back; `docs/performance.md` has the figures. HTTP/2 is hyper's, at the door: each of its streams becomes
+//! a connection to the same engine.
 //!
 //! # The life of a container
 //!
@@ -60,7 +66,7 @@
 //! replay                                 lifecycle, fetch
 //!                                        discovery
 //!                                        discovery::{network, signal, vantage}
-//! scan, labels, telemetry
+//! scan, labels, telemetry, http1
 //! config, error
 //! ```
 //!
@@ -76,6 +82,7 @@ pub mod error;
 pub mod app;
 
 pub mod balance;
+pub mod http1;
 pub mod listen;
 pub mod proxy;
 pub mod replay;

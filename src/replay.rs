@@ -1,27 +1,24 @@
-//! The request body on its way to a backend: what has been read is kept as long as another attempt may need it, what has
-//! not been read flows through and is scanned as it goes.
+//! The request body on its way to a backend. Pure: bytes come in as the client sends them, and come out as a backend gets
+//! them.
 //!
-//! A body whose end has been seen is just its chunks; each attempt gets clones of them (reference counts, no copies). A
-//! body that still flows is lent to one attempt at a time and comes back when that attempt is over, with the chunks it
-//! has passed on, so that the next attempt can begin anew. What is kept is bounded per body and over all bodies; past
-//! the bound the body still flows, but cannot be replayed.
+//! Every byte is looked at once, for its framing and for the routing key, and kept in the form in which it is sent. So a
+//! second attempt sends what the first one sent, and a backend never gets the end of a body before all of it has been
+//! looked at. What is kept is bounded, for one body and for all; past the bound the body still flows, but what has been
+//! sent is let go, and with it the chance of another attempt.
 
 use std::{
-    pin::Pin,
+    collections::VecDeque,
+    io::IoSlice,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
 };
 
-use bytes::Bytes;
-use http::HeaderMap;
-use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
-use tokio::sync::oneshot;
-
-use crate::scan::{ModelScanner, ScanError};
+use crate::{
+    http1::body::{BodyDecoder, Framing, push_chunk, push_last_chunk},
+    scan::{ModelScanner, ScanError},
+};
 
 /// Why a body could not be passed on to its end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -38,9 +35,9 @@ pub enum BodyFault {
     /// All bodies together hold as much as they may.
     #[error("too many request bodies held")]
     HoldFull,
-    /// The client broke off, or its framing is wrong.
-    #[error("request body broken off")]
-    Broken,
+    /// Its framing is wrong.
+    #[error("{0}")]
+    Framing(#[from] crate::http1::body::FramingError),
 }
 
 /// Bounds for bodies; one for the whole proxy.
@@ -57,8 +54,10 @@ pub struct BodyLimits {
 const HOLD_BODIES: usize = 8;
 /// What every body may hold without being counted: ordinary requests touch no shared counter.
 const UNCOUNTED_BYTES: usize = 64 * 1024;
-/// What keeping a chunk costs beside its bytes; a body of one-byte chunks must not hold a hundred times its size.
-const CHUNK_OVERHEAD_BYTES: usize = 64;
+/// A stretch of a body is kept in pieces of at least this size, however small the segments are in which it comes.
+const PIECE_BYTES_MIN: usize = 16 * 1024;
+/// How much may wait for a backend that reads more slowly than the client sends, once the model is known.
+pub const AHEAD_BYTES_MAX: usize = 64 * 1024;
 
 impl BodyLimits {
     /// Bounds as configured.
@@ -72,324 +71,262 @@ impl BodyLimits {
     }
 }
 
-/// Chunks held, with what they count for; gives it back when dropped.
+/// A request body, as far as it has come.
+#[derive(Debug)]
+pub struct Replay {
+    decoder: BodyDecoder,
+    is_chunked: bool,
+    scanner: Option<ModelScanner>,
+    /// What a backend gets of it, in the form in which it is sent.
+    held: Held,
+    /// Payload so far.
+    seen_bytes: u64,
+    limits: Arc<BodyLimits>,
+    /// What has been sent is kept for another attempt.
+    keeps_sent: bool,
+}
+
+/// How far an attempt has come with sending a body.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cursor {
+    sent_bytes: u64,
+}
+
+/// Pieces of a body, with what they count for; gives it back when dropped.
 #[derive(Debug)]
 struct Held {
-    chunks: Vec<Bytes>,
-    payload_bytes: usize,
+    pieces: VecDeque<Vec<u8>>,
+    /// Bytes in `pieces`.
+    bytes: usize,
+    /// Bytes that were let go before the first piece.
+    gone_bytes: u64,
     counted_bytes: usize,
     limits: Arc<BodyLimits>,
 }
 
-impl Held {
-    fn new(limits: &Arc<BodyLimits>) -> Held {
-        Held { chunks: Vec::new(), payload_bytes: 0, counted_bytes: 0, limits: limits.clone() }
+// === impl Replay ===
+
+impl Replay {
+    /// A body with this framing. `scanner` looks for the routing key, where the body is to be looked at.
+    pub fn new(framing: Framing, scanner: Option<ModelScanner>, limits: &Arc<BodyLimits>) -> Replay {
+        Replay {
+            decoder: BodyDecoder::new(framing),
+            is_chunked: framing == Framing::Chunked,
+            scanner,
+            held: Held { pieces: VecDeque::new(), bytes: 0, gone_bytes: 0, counted_bytes: 0, limits: limits.clone() },
+            seen_bytes: 0,
+            limits: limits.clone(),
+            keeps_sent: true,
+        }
     }
 
-    fn push(&mut self, chunk: Bytes) -> Result<(), BodyFault> {
-        let payload_bytes = self.payload_bytes + chunk.len();
-        if payload_bytes > self.limits.hold_max_bytes {
+    /// Takes in what the client has sent; returns how much of it belonged to the body, of which the framing has been
+    /// followed even on failure. Once the model is known, what does not fit is let go after it has been sent; until then
+    /// it is a fault.
+    ///
+    /// A fault means that the body cannot be passed on. What had been taken in before may have been sent; the end never
+    /// was.
+    pub fn take_in(&mut self, input: &[u8], model_is_known: bool) -> (usize, Result<(), BodyFault>) {
+        let mut at = 0;
+        while at < input.len() && !self.decoder.is_done() {
+            let decoded = match self.decoder.decode(&input[at..]) {
+                Ok(decoded) => decoded,
+                Err(error) => return (at, Err(error.into())),
+            };
+            at += decoded.consumed;
+            if let Err(fault) = self.keep(decoded.payload, model_is_known) {
+                return (at, Err(fault));
+            }
+        }
+        (at, Ok(()))
+    }
+
+    /// Looks at a stretch of payload and keeps it; and the end of the body, once it has come.
+    fn keep(&mut self, payload: &[u8], model_is_known: bool) -> Result<(), BodyFault> {
+        let is_over = self.decoder.is_done();
+        self.seen_bytes += payload.len() as u64;
+        if self.seen_bytes > self.limits.max_body_bytes {
+            return Err(BodyFault::TooLarge);
+        }
+        if let Some(scanner) = &mut self.scanner {
+            // What would not fit may be held only if the model is known by then.
+            let room = self.limits.hold_max_bytes.saturating_sub(self.held.bytes).min(payload.len());
+            let (fits, rest) = payload.split_at(if model_is_known { payload.len() } else { room });
+            scanner.feed(fits)?;
+            if !rest.is_empty() && scanner.model().is_none() {
+                return Err(BodyFault::HoldTooLarge);
+            }
+            scanner.feed(rest)?;
+            match if is_over { scanner.finish() } else { Ok(()) } {
+                // The caller knows it from elsewhere.
+                Err(ScanError::ModelMissing) if model_is_known => {}
+                finished => finished?,
+            }
+        }
+        if self.keeps_sent
+            && let Err(fault) = self.held.make_room(payload.len())
+        {
+            if !model_is_known && self.model().is_none() {
+                return Err(fault);
+            }
+            self.keeps_sent = false;
+        }
+        self.held.push(|out| encode(out, payload, self.is_chunked));
+        if is_over && self.is_chunked {
+            self.held.push(|out| push_last_chunk(out, self.decoder.trailers()));
+        }
+        Ok(())
+    }
+
+    /// Has this look for the routing key in the body.
+    pub fn look_for(&mut self, scanner: Option<ModelScanner>) {
+        self.scanner = scanner;
+    }
+
+    /// Whether anything looks for the routing key in the body.
+    pub fn is_scanned(&self) -> bool {
+        self.scanner.is_some()
+    }
+
+    /// What is left of the body, for reading it to its end without sending it. What was held is let go.
+    pub fn into_rest(self) -> BodyDecoder {
+        self.decoder
+    }
+
+    /// The routing key, once it has been read.
+    pub fn model(&self) -> Option<&str> {
+        self.scanner.as_ref().and_then(ModelScanner::model)
+    }
+
+    /// The whole body has come.
+    pub fn is_over(&self) -> bool {
+        self.decoder.is_done()
+    }
+
+    /// Payload so far, in bytes.
+    pub fn seen_bytes(&self) -> u64 {
+        self.seen_bytes
+    }
+
+    /// Another attempt can begin: nothing that was sent has been let go.
+    pub fn can_replay(&self) -> bool {
+        self.held.gone_bytes == 0
+    }
+
+    /// The answer has begun: there will be no other attempt, and what has been sent is let go.
+    pub fn forget_sent(&mut self, cursor: Cursor) {
+        self.keeps_sent = false;
+        self.held.let_go(cursor.sent_bytes);
+        self.held.uncount();
+    }
+
+    /// What is to be sent next, into `slices`; returns how many of them are filled.
+    pub fn unsent<'r>(&'r self, cursor: Cursor, slices: &mut [IoSlice<'r>]) -> usize {
+        let mut skip = usize::try_from(cursor.sent_bytes.saturating_sub(self.held.gone_bytes)).unwrap_or(usize::MAX);
+        let mut filled = 0;
+        for piece in &self.held.pieces {
+            if filled == slices.len() {
+                break;
+            }
+            if skip >= piece.len() {
+                skip -= piece.len();
+                continue;
+            }
+            slices[filled] = IoSlice::new(&piece[skip..]);
+            skip = 0;
+            filled += 1;
+        }
+        filled
+    }
+
+    /// How many bytes wait to be sent.
+    pub fn unsent_bytes(&self, cursor: Cursor) -> usize {
+        let all = self.held.gone_bytes + self.held.bytes as u64;
+        usize::try_from(all.saturating_sub(cursor.sent_bytes)).unwrap_or(usize::MAX)
+    }
+
+    /// `n` more bytes have been sent.
+    pub fn advance(&mut self, cursor: &mut Cursor, n: usize) {
+        cursor.sent_bytes += n as u64;
+        if !self.keeps_sent {
+            self.held.let_go(cursor.sent_bytes);
+        }
+    }
+
+    /// All of the body has come and been sent.
+    pub fn is_sent(&self, cursor: Cursor) -> bool {
+        self.is_over() && self.unsent_bytes(cursor) == 0
+    }
+}
+
+/// Appends a stretch of payload in the form in which it is sent. A chunk as the client cut it may be told by tricks that
+/// servers differ over; what goes on is written anew.
+fn encode(out: &mut Vec<u8>, payload: &[u8], is_chunked: bool) {
+    if is_chunked { push_chunk(out, payload) } else { out.extend_from_slice(payload) }
+}
+
+// === impl Held ===
+
+impl Held {
+    /// Counts `more` bytes, if there is room for them.
+    fn make_room(&mut self, more: usize) -> Result<(), BodyFault> {
+        let bytes = self.bytes + more;
+        if bytes > self.limits.hold_max_bytes {
             return Err(BodyFault::HoldTooLarge);
         }
-        let cost_bytes = payload_bytes + CHUNK_OVERHEAD_BYTES * (self.chunks.len() + 1);
-        let more_bytes = cost_bytes.saturating_sub(UNCOUNTED_BYTES + self.counted_bytes);
-        if more_bytes > 0 {
+        let count = bytes.saturating_sub(UNCOUNTED_BYTES + self.counted_bytes);
+        if count > 0 {
             let all = self.limits.hold_max_bytes.saturating_mul(HOLD_BODIES);
-            if self.limits.held_bytes.fetch_add(more_bytes, Relaxed).saturating_add(more_bytes) > all {
-                self.limits.held_bytes.fetch_sub(more_bytes, Relaxed);
+            if self.limits.held_bytes.fetch_add(count, Relaxed).saturating_add(count) > all {
+                self.limits.held_bytes.fetch_sub(count, Relaxed);
                 return Err(BodyFault::HoldFull);
             }
-            self.counted_bytes += more_bytes;
+            self.counted_bytes += count;
         }
-        self.payload_bytes = payload_bytes;
-        self.chunks.push(chunk);
         Ok(())
+    }
+
+    /// Appends to what is held.
+    fn push(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        match self.pieces.back_mut().filter(|last| last.len() < PIECE_BYTES_MIN) {
+            Some(last) => {
+                let before = last.len();
+                write(last);
+                self.bytes += last.len() - before;
+            }
+            None => {
+                let mut piece = Vec::new();
+                write(&mut piece);
+                self.bytes += piece.len();
+                self.pieces.push_back(piece);
+            }
+        }
+    }
+
+    fn uncount(&mut self) {
+        let counted = std::mem::take(&mut self.counted_bytes);
+        if counted > 0 {
+            self.limits.held_bytes.fetch_sub(counted, Relaxed);
+        }
+    }
+
+    /// Drops pieces that lie wholly before this place in the body.
+    fn let_go(&mut self, sent_bytes: u64) {
+        while let Some(first) = self.pieces.front() {
+            let end = self.gone_bytes + first.len() as u64;
+            if end > sent_bytes {
+                break;
+            }
+            self.gone_bytes = end;
+            self.bytes -= first.len();
+            self.pieces.pop_front();
+        }
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if self.counted_bytes > 0 {
-            self.limits.held_bytes.fetch_sub(self.counted_bytes, Relaxed);
-        }
-    }
-}
-
-/// A request body that can be sent more than once.
-#[derive(Debug)]
-pub struct Replay {
-    held: Held,
-    trailers: Option<HeaderMap>,
-    tail: Tail,
-}
-
-#[derive(Debug)]
-enum Tail {
-    /// All of the body is held.
-    Complete,
-    /// The rest is still to come.
-    Here(Box<Flow>),
-    /// An attempt has the rest; it comes back when the attempt is over.
-    Lent(oneshot::Receiver<Box<Flow>>),
-    /// More has passed than is kept: there is no second attempt.
-    Spent,
-}
-
-/// The part of a body that has not been read yet.
-#[derive(Debug)]
-struct Flow {
-    rest: Incoming,
-    scanner: Option<ModelScanner>,
-    seen_bytes: u64,
-    limits: Arc<BodyLimits>,
-    /// What has passed since the key was found; `None` once that is more than may be kept.
-    passed: Option<Held>,
-    trailers: Option<HeaderMap>,
-    fault: Option<BodyFault>,
-    ended: bool,
-}
-
-impl Replay {
-    /// A request without a body.
-    pub fn empty(limits: &Arc<BodyLimits>) -> Replay {
-        Replay { held: Held::new(limits), trailers: None, tail: Tail::Complete }
-    }
-
-    /// Reads from `body` until the model is known: until `scanner` has found it, or the body ends without one and
-    /// `otherwise` names it. Without a scanner `otherwise` decides at once. Returns the body, ready to be sent, and the
-    /// model; on failure also what is left of the body, so that the caller can read it to its end before answering.
-    ///
-    /// # Errors
-    /// The body names no model, is too large, or breaks off.
-    pub async fn read(
-        mut body: Incoming,
-        mut scanner: Option<ModelScanner>,
-        otherwise: Option<String>,
-        limits: &Arc<BodyLimits>,
-    ) -> Result<(Replay, String), (BodyFault, Incoming)> {
-        let mut replay = Replay::empty(limits);
-        let mut seen_bytes: u64 = 0;
-        while !body.is_end_stream() {
-            let found = match &scanner {
-                Some(scanner) => scanner.model(),
-                None => otherwise.as_deref(),
-            };
-            if let Some(model) = found {
-                let model = model.to_owned();
-                replay.tail = Tail::Here(Box::new(Flow {
-                    rest: body,
-                    scanner,
-                    seen_bytes,
-                    limits: limits.clone(),
-                    passed: Some(Held::new(limits)),
-                    trailers: None,
-                    fault: None,
-                    ended: false,
-                }));
-                return Ok((replay, model));
-            }
-            let frame = match std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
-                None => break,
-                Some(Err(_)) => return Err((BodyFault::Broken, body)),
-                Some(Ok(frame)) => frame,
-            };
-            let chunk = match frame.into_data() {
-                Ok(chunk) => chunk,
-                Err(frame) => {
-                    replay.trailers = frame.into_trailers().ok();
-                    continue;
-                }
-            };
-            seen_bytes += chunk.len() as u64;
-            if seen_bytes > limits.max_body_bytes {
-                return Err((BodyFault::TooLarge, body));
-            }
-            if let Some(Err(error)) = scanner.as_mut().map(|scanner| scanner.feed(&chunk)) {
-                return Err((error.into(), body));
-            }
-            if let Err(fault) = replay.held.push(chunk) {
-                return Err((fault, body));
-            }
-        }
-        let in_body = match &mut scanner {
-            Some(scanner) => scanner.finish().map(|()| scanner.model().map(str::to_owned)),
-            None => Ok(None),
-        };
-        match (in_body, otherwise) {
-            (Ok(Some(model)), _) | (Ok(None) | Err(ScanError::ModelMissing), Some(model)) => Ok((replay, model)),
-            (Ok(None), None) => Err((ScanError::ModelMissing.into(), body)),
-            (Err(error), _) => Err((error.into(), body)),
-        }
-    }
-
-    /// The body for the next attempt; `None` when there can be none, because the rest is away or more has passed than is
-    /// kept. The first attempt always gets one.
-    pub fn attempt(&mut self) -> Option<AttemptBody> {
-        let flow = match std::mem::replace(&mut self.tail, Tail::Spent) {
-            Tail::Complete => {
-                self.tail = Tail::Complete;
-                None
-            }
-            Tail::Here(flow) => {
-                let (home, away) = oneshot::channel();
-                self.tail = Tail::Lent(away);
-                Some(Lent { flow: Some(flow), home: Some(home) })
-            }
-            Tail::Lent(_) | Tail::Spent => return None,
-        };
-        Some(AttemptBody {
-            held: self.held.chunks.clone().into_iter(),
-            trailers: if flow.is_none() { self.trailers.clone() } else { None },
-            flow,
-        })
-    }
-
-    /// After a failed attempt: waits for the rest to come back and says whether another attempt can be made.
-    ///
-    /// # Errors
-    /// The attempt failed because of the body itself, not because of the backend.
-    pub async fn recover(&mut self) -> Result<bool, BodyFault> {
-        let Tail::Lent(away) = &mut self.tail else {
-            return Ok(matches!(self.tail, Tail::Complete));
-        };
-        // Whoever had it has dropped its connection, and with it the body: this does not wait for anything remote.
-        let Ok(mut flow) = away.await else {
-            self.tail = Tail::Spent;
-            return Ok(false);
-        };
-        self.tail = Tail::Spent;
-        if let Some(fault) = flow.fault.take() {
-            return Err(fault);
-        }
-        let Some(mut passed) = flow.passed.take() else {
-            return Ok(false);
-        };
-        for chunk in std::mem::take(&mut passed.chunks) {
-            if self.held.push(chunk).is_err() {
-                return Ok(false);
-            }
-        }
-        flow.passed = Some(Held::new(&flow.limits));
-        self.tail = if flow.ended {
-            self.trailers = flow.trailers.take();
-            Tail::Complete
-        } else {
-            Tail::Here(flow)
-        };
-        Ok(true)
-    }
-}
-
-/// A body as one attempt sends it.
-#[derive(Debug)]
-pub struct AttemptBody {
-    held: std::vec::IntoIter<Bytes>,
-    trailers: Option<HeaderMap>,
-    flow: Option<Lent>,
-}
-
-/// The rest of a body, lent to an attempt; goes home when dropped.
-#[derive(Debug)]
-struct Lent {
-    flow: Option<Box<Flow>>,
-    home: Option<oneshot::Sender<Box<Flow>>>,
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        if let (Some(home), Some(flow)) = (self.home.take(), self.flow.take()) {
-            // Nobody waits once the answer has begun.
-            let _ = home.send(flow);
-        }
-    }
-}
-
-impl Body for AttemptBody {
-    type Data = Bytes;
-    type Error = BodyFault;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyFault>>> {
-        if let Some(chunk) = self.held.next() {
-            return Poll::Ready(Some(Ok(Frame::data(chunk))));
-        }
-        if let Some(flow) = self.flow.as_mut().and_then(|lent| lent.flow.as_mut()) {
-            return flow.poll_frame(cx);
-        }
-        Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        let flowing = self.flow.as_ref().and_then(|lent| lent.flow.as_ref()).is_some_and(|flow| !flow.ended);
-        self.held.len() == 0 && self.trailers.is_none() && !flowing
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let held: u64 = self.held.as_slice().iter().map(|chunk| chunk.len() as u64).sum();
-        match self.flow.as_ref().and_then(|lent| lent.flow.as_ref()) {
-            Some(flow) if flow.ended => SizeHint::with_exact(held),
-            Some(flow) => match flow.rest.size_hint().exact() {
-                Some(rest) => SizeHint::with_exact(held + rest),
-                None => SizeHint::default(),
-            },
-            // Trailers need chunked framing, which a known size would prevent.
-            None if self.trailers.is_some() => SizeHint::default(),
-            None => SizeHint::with_exact(held),
-        }
-    }
-}
-
-impl Flow {
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyFault>>> {
-        if self.ended {
-            return Poll::Ready(None);
-        }
-        let result = match ready!(Pin::new(&mut self.rest).poll_frame(cx)) {
-            None => self.end(),
-            Some(Err(_)) => Err(BodyFault::Broken),
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(chunk) => self.pass(&chunk).map(|()| Some(Frame::data(chunk))),
-                Err(frame) => {
-                    self.trailers = frame.into_trailers().ok();
-                    let trailers = self.trailers.clone().map(Frame::trailers);
-                    self.end().map(|_| trailers)
-                }
-            },
-        };
-        Poll::Ready(match result {
-            Ok(frame) => frame.map(Ok),
-            Err(fault) => {
-                self.fault = Some(fault.clone());
-                Some(Err(fault))
-            }
-        })
-    }
-
-    /// Looks at a chunk before it is passed on: a backend must never get the end of a body that names two models.
-    fn pass(&mut self, chunk: &Bytes) -> Result<(), BodyFault> {
-        self.seen_bytes += chunk.len() as u64;
-        if self.seen_bytes > self.limits.max_body_bytes {
-            return Err(BodyFault::TooLarge);
-        }
-        if let Some(scanner) = &mut self.scanner {
-            scanner.feed(chunk)?;
-        }
-        if self.rest.is_end_stream() {
-            self.end()?;
-        }
-        if self.passed.as_mut().is_some_and(|passed| passed.push(chunk.clone()).is_err()) {
-            self.passed = None;
-        }
-        Ok(())
-    }
-
-    fn end(&mut self) -> Result<Option<Frame<Bytes>>, BodyFault> {
-        if !self.ended {
-            if let Some(scanner) = &mut self.scanner {
-                scanner.finish()?;
-            }
-            self.ended = true;
-        }
-        Ok(None)
+        self.uncount();
     }
 }
 

@@ -1,11 +1,9 @@
 //! Connections to one backend: opened when needed, reused while fresh, cut when the backend is cut.
 //!
 //! Idle connections are kept apart per worker thread, so the lock around them is never contended on the request path and
-//! a connection is always driven by the thread that uses it. Nothing here knows models, retries or HTTP semantics.
-//!
-//! Every connection is a task of its own that drives hyper's HTTP/1.1 client. A request that ends without its answer aborts
-//! the task of its connection, and [`Upstream::cut`] aborts all of them: hyper then fails the pending head or body of their
-//! requests, which costs the requests nothing while nobody cuts.
+//! a connection is always used by the thread that opened it. A connection is a socket and nothing else: whoever leases it
+//! reads and writes it in its own task, so a request costs no hand-over between tasks. Nothing here knows models, retries
+//! or HTTP.
 
 use std::{
     cell::Cell,
@@ -15,35 +13,23 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
 };
 
-use http::{Request, Response};
-use hyper::{
-    body::Incoming,
-    client::conn::http1::{self, SendRequest},
-};
-use hyper_util::rt::TokioIo;
+use futures::task::AtomicWaker;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
-    task::AbortHandle,
-    time::{Instant, timeout},
+    time::{Instant, sleep_until, timeout},
 };
-
-use crate::replay::AttemptBody;
 
 /// Python servers (uvicorn) close idle connections after 5 s; below that, a reused one is very likely alive.
 const IDLE_MAX: Duration = Duration::from_secs(3);
 /// Idle connections kept per worker thread and backend.
 const IDLE_CONNECTIONS_MAX: usize = 512;
-/// Read buffer per connection, and so the largest response head and the most that one stalled stream holds here.
-const READ_BUFFER_BYTES: usize = 16 * 1024;
-/// Most header lines in a response.
-const HEADERS_MAX: usize = 256;
 
 thread_local! {
     static WORKER: Cell<usize> = const { Cell::new(0) };
@@ -95,8 +81,10 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Shard {
     idle: Vec<Idle>,
-    open: HashMap<u64, AbortHandle>,
+    open: HashMap<u64, Arc<Scissors>>,
     opened: u64,
+    /// A task closes what has been idle for too long.
+    reaping: bool,
     /// No connection goes back to the idle ones.
     retired: bool,
     /// No connection may be opened.
@@ -109,39 +97,29 @@ struct Idle {
     since: Instant,
 }
 
-/// An open connection. Dropping it ends it at once, with whatever is still being written to it: a backend that does not
-/// read would otherwise keep a request's body, and so its client, for ever.
+/// An open connection, which ends when this is dropped.
 #[derive(Debug)]
 struct Connection {
-    sender: SendRequest<AttemptBody>,
-    heard_bytes: Arc<AtomicU64>,
-    task: AbortHandle,
-}
-
-/// Takes a connection off the list of open ones when its task ends, however it ends.
-#[derive(Debug)]
-struct OpenGuard {
-    shared: Weak<Shared>,
-    shard: usize,
-    key: u64,
-}
-
-/// A connection that counts what it hears: whether a backend had begun to answer decides whether another may be asked.
-#[derive(Debug)]
-struct Counted {
     stream: TcpStream,
-    heard_bytes: Arc<AtomicU64>,
+    scissors: Arc<Scissors>,
+    key: u64,
+    shard: usize,
+    shared: Weak<Shared>,
 }
 
-/// The right to send one request on one connection.
+/// How one thread ends a connection that another one is using.
+#[derive(Debug, Default)]
+struct Scissors {
+    cut: AtomicBool,
+    user: AtomicWaker,
+}
+
+/// The right to exchange one request for one answer on a connection. Dropping it closes the connection.
 #[derive(Debug)]
 pub struct Lease {
     connection: Connection,
     /// The connection has carried a request before: it may have died while idle.
     pub reused: bool,
-    heard_before: u64,
-    shard: usize,
-    shared: Arc<Shared>,
 }
 
 // === impl Upstream ===
@@ -158,17 +136,21 @@ impl Upstream {
         self.shared.addr
     }
 
-    /// A connection for one request: an idle one if a fresh enough one is there, else a new one.
-    ///
-    /// # Errors
-    /// When a new one is needed and cannot be had.
-    pub async fn lease(&self, now: Instant) -> Result<Lease, ConnectError> {
-        let shard = self.shared.this_shard();
-        if let Some(connection) = self.shared.take_idle(shard, now) {
-            let heard_before = connection.heard_bytes.load(Relaxed);
-            return Ok(Lease { connection, reused: true, heard_before, shard, shared: self.shared.clone() });
+    /// A connection that has been used before and is fresh enough to be used again, if there is one.
+    pub fn lease_idle(&self, now: Instant) -> Option<Lease> {
+        let mut shard = self.shared.lock(self.shared.this_shard());
+        // The newest first: what is old stays old and is closed.
+        while let Some(Idle { connection, since }) = shard.idle.pop() {
+            let is_fresh = now.saturating_duration_since(since) < IDLE_MAX;
+            if is_fresh && connection.is_silent() {
+                return Some(Lease { connection, reused: true });
+            }
+            // Closing it takes the lock.
+            drop(shard);
+            drop(connection);
+            shard = self.shared.lock(self.shared.this_shard());
         }
-        self.lease_fresh().await
+        None
     }
 
     /// A new connection, whatever is idle.
@@ -189,34 +171,17 @@ impl Upstream {
         };
         // Events are small writes; waiting to fill a packet would delay each of them.
         let _ = stream.set_nodelay(true);
-        let heard_bytes = Arc::new(AtomicU64::new(0));
-        let (sender, connection) = http1::Builder::new()
-            .max_buf_size(READ_BUFFER_BYTES)
-            .max_headers(HEADERS_MAX)
-            .handshake(TokioIo::new(Counted { stream, heard_bytes: heard_bytes.clone() }))
-            .await
-            .map_err(|_| ConnectError::Unreachable)?;
-
         let mut this = self.shared.lock(shard);
         if this.sealed {
             return Err(ConnectError::Cut);
         }
         let key = this.opened;
         this.opened += 1;
-        let guard = OpenGuard { shared: Arc::downgrade(&self.shared), shard, key };
-        // Not tracked by the application: the connection lives no longer than the request that leases it, or than its
-        // place among the idle ones, and both are ended by `retire` and `cut`.
-        #[allow(clippy::disallowed_methods)]
-        let task = tokio::spawn(async move {
-            // How it ended is told to the request on it, if there is one.
-            let _ = connection.await;
-            drop(guard);
-        })
-        .abort_handle();
-        this.open.insert(key, task.clone());
+        let scissors = Arc::new(Scissors::default());
+        this.open.insert(key, scissors.clone());
         drop(this);
-        let connection = Connection { sender, heard_bytes, task };
-        Ok(Lease { connection, reused: false, heard_before: 0, shard, shared: self.shared.clone() })
+        let connection = Connection { stream, scissors, key, shard, shared: Arc::downgrade(&self.shared) };
+        Ok(Lease { connection, reused: false })
     }
 
     /// Closes idle connections and keeps none from now on; requests under way go on.
@@ -249,9 +214,9 @@ impl Upstream {
     pub fn cut(&self) {
         self.seal();
         for shard in &self.shared.shards {
-            let open = std::mem::take(&mut lock(shard).open);
-            for task in open.into_values() {
-                task.abort();
+            for scissors in lock(shard).open.values() {
+                scissors.cut.store(true, Ordering::Release);
+                scissors.user.wake();
             }
         }
     }
@@ -267,24 +232,6 @@ impl Shared {
     fn lock(&self, shard: usize) -> MutexGuard<'_, Shard> {
         lock(&self.shards[shard])
     }
-
-    fn take_idle(&self, shard: usize, now: Instant) -> Option<Connection> {
-        let mut shard = self.lock(shard);
-        // The newest first: what is old stays old and is closed.
-        while let Some(Idle { connection, since }) = shard.idle.pop() {
-            if now.saturating_duration_since(since) >= IDLE_MAX {
-                // All below it are older still.
-                let stale = std::mem::take(&mut shard.idle);
-                drop(shard);
-                drop((connection, stale));
-                return None;
-            }
-            if connection.sender.is_ready() {
-                return Some(connection);
-            }
-        }
-        None
-    }
 }
 
 fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
@@ -292,49 +239,97 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
     shard.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Closes what has been idle for too long, as long as there is anything idle.
+async fn reap(shared: Weak<Shared>, shard: usize) {
+    let mut next = Instant::now() + IDLE_MAX;
+    loop {
+        sleep_until(next).await;
+        let Some(shared) = shared.upgrade() else { return };
+        let mut this = shared.lock(shard);
+        let now = Instant::now();
+        // The oldest are at the bottom.
+        let stale = this.idle.iter().take_while(|idle| now.saturating_duration_since(idle.since) >= IDLE_MAX).count();
+        let stale: Vec<Idle> = this.idle.drain(..stale).collect();
+        let oldest = this.idle.first().map(|idle| idle.since);
+        this.reaping = oldest.is_some();
+        drop(this);
+        drop(stale);
+        match oldest {
+            Some(since) => next = since + IDLE_MAX,
+            None => return,
+        }
+    }
+}
+
 // === impl Lease ===
 
 impl Lease {
-    /// Sends the request.
-    ///
-    /// # Errors
-    /// The connection broke before the head of an answer, or was never fit.
-    pub async fn send(&mut self, request: Request<AttemptBody>) -> hyper::Result<Response<Incoming>> {
-        self.connection.sender.send_request(request).await
+    /// Has the task that is being polled woken when the backend is cut. To be called once, before the first read.
+    pub fn use_in(&self, cx: &Context<'_>) {
+        self.connection.scissors.user.register(cx.waker());
     }
 
-    /// The backend has sent something since this lease began.
-    pub fn has_heard(&self) -> bool {
-        self.connection.heard_bytes.load(Relaxed) != self.heard_before
+    /// The backend has been cut: this connection is over, and no answer on it has ended properly.
+    pub fn is_cut(&self) -> bool {
+        self.connection.scissors.cut.load(Ordering::Acquire)
     }
 
-    /// Keeps the connection for the next request, if it can carry one: not if the backend closes it, and not if the answer
-    /// was complete before the request was.
-    pub fn give_back(self, now: Instant) {
-        if !self.connection.sender.is_ready() {
-            return;
+    /// Reads some bytes; none at the end of the connection.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
+        let mut buf = ReadBuf::new(buf);
+        match Pin::new(&mut self.connection.stream).poll_read(cx, &mut buf) {
+            Poll::Ready(Ok(())) => Poll::Ready(Ok(buf.filled().len())),
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Pending => Poll::Pending,
         }
-        let mut shard = self.shared.lock(self.shard);
-        if shard.retired {
+    }
+
+    /// Writes some of these bytes.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>, slices: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match slices {
+            [only] => Pin::new(&mut self.connection.stream).poll_write(cx, only),
+            several => Pin::new(&mut self.connection.stream).poll_write_vectored(cx, several),
+        }
+    }
+
+    /// Says that no more will be written.
+    pub fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection.stream).poll_shutdown(cx)
+    }
+
+    /// Keeps the connection for the next request. The exchange on it must be over, on both sides.
+    pub fn give_back(self, now: Instant) {
+        let Some(shared) = self.connection.shared.upgrade() else { return };
+        let index = self.connection.shard;
+        let mut shard = shared.lock(index);
+        if shard.retired || self.is_cut() {
             drop(shard);
             return;
         }
-        // The oldest is at the bottom; close it when its time is over or the room is used up.
-        let stale = shard.idle.first().is_some_and(|i| now.saturating_duration_since(i.since) >= IDLE_MAX);
-        let closed = (stale || shard.idle.len() >= IDLE_CONNECTIONS_MAX).then(|| shard.idle.remove(0));
+        let closed = (shard.idle.len() >= IDLE_CONNECTIONS_MAX).then(|| shard.idle.remove(0));
         shard.idle.push(Idle { connection: self.connection, since: now });
+        let reaps = !std::mem::replace(&mut shard.reaping, true);
         drop(shard);
         drop(closed);
+        if reaps {
+            // Not tracked by the application: it ends with the last idle connection, within seconds.
+            #[allow(clippy::disallowed_methods)]
+            tokio::spawn(reap(Arc::downgrade(&shared), index));
+        }
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    /// Nothing has come since the last answer. An end, or bytes that nobody asked for, mean that it cannot be used.
+    fn is_silent(&self) -> bool {
+        let read = self.stream.try_read(&mut [0]);
+        matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 }
 
 impl Drop for Connection {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Drop for OpenGuard {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
             shared.lock(self.shard).open.remove(&self.key);
@@ -342,46 +337,10 @@ impl Drop for OpenGuard {
     }
 }
 
-// === impl Counted ===
-
-impl AsyncRead for Counted {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        self.heard_bytes.fetch_add((buf.filled().len() - before) as u64, Relaxed);
-        polled
-    }
-}
-
-impl AsyncWrite for Counted {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncReadExt as _;
 
     #[tokio::test]
     async fn a_sealed_address_is_not_connected_to() {
@@ -390,8 +349,57 @@ mod tests {
         let lease = upstream.lease_fresh().await.unwrap();
         listener.accept().await.unwrap();
         upstream.seal();
-        assert!(!lease.connection.task.is_finished(), "what is under way goes on");
-        assert_eq!(upstream.lease(Instant::now()).await.unwrap_err(), ConnectError::Cut);
+        assert!(!lease.is_cut(), "what is under way goes on");
+        assert!(upstream.lease_idle(Instant::now()).is_none());
+        assert_eq!(upstream.lease_fresh().await.unwrap_err(), ConnectError::Cut);
         assert!(futures::FutureExt::now_or_never(listener.accept()).is_none(), "nobody has come");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_connections_are_used_while_fresh_and_closed_soon_after() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let upstream = Upstream::new(listener.local_addr().unwrap(), Duration::from_secs(5), 1);
+        let lease = upstream.lease_fresh().await.unwrap();
+        let (mut peer, _) = listener.accept().await.unwrap();
+        lease.give_back(Instant::now());
+        let lease = upstream.lease_idle(Instant::now()).unwrap();
+        assert!(lease.reused);
+        lease.give_back(Instant::now());
+        assert_eq!(peer.read(&mut [0]).await.unwrap(), 0, "closed without anybody asking for it");
+        assert!(upstream.lease_idle(Instant::now()).is_none());
+    }
+
+    #[tokio::test]
+    async fn what_the_backend_closed_or_spoke_on_is_not_used_again() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let upstream = Upstream::new(listener.local_addr().unwrap(), Duration::from_secs(5), 1);
+        for speaks in [false, true] {
+            let lease = upstream.lease_fresh().await.unwrap();
+            let (peer, _) = listener.accept().await.unwrap();
+            if speaks {
+                peer.writable().await.unwrap();
+                peer.try_write(b"x").unwrap();
+            }
+            lease.connection.stream.writable().await.unwrap();
+            drop(peer);
+            lease.connection.stream.readable().await.unwrap();
+            lease.give_back(Instant::now());
+            assert!(upstream.lease_idle(Instant::now()).is_none());
+        }
+    }
+
+    #[tokio::test]
+    async fn cutting_wakes_whoever_waits() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let upstream = Upstream::new(listener.local_addr().unwrap(), Duration::from_secs(5), 1);
+        let mut lease = upstream.lease_fresh().await.unwrap();
+        let waiting = std::future::poll_fn(|cx| {
+            lease.use_in(cx);
+            if lease.is_cut() { Poll::Ready(()) } else { lease.poll_read(cx, &mut [0]).map(|_| ()) }
+        });
+        tokio::pin!(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        upstream.cut();
+        waiting.await;
     }
 }

@@ -3,7 +3,7 @@
 //! One task accepts and hands every connection to the worker that has the fewest; a worker is a thread with a runtime of
 //! its own, so a request, its client's connection and its backend's connection never change threads.
 
-pub mod framing;
+mod h2;
 
 use std::{
     io,
@@ -11,32 +11,23 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     thread::JoinHandle,
     time::Duration,
 };
 
-use hyper::service::service_fn;
-use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
-};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::mpsc,
     time::{sleep, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::framing::Framing;
 use crate::{
-    proxy::{
-        Peer, Proxy,
-        interim::{Gap, Interim},
-    },
+    proxy::{Proxy, client::Closing},
     upstream,
 };
 
@@ -46,15 +37,12 @@ const BACKLOG: i32 = 4096;
 const HANDOVER_MAX: usize = 1024;
 /// Pause when no descriptor is left: closing connections will free some.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-/// Time for a request's head, and for idling between requests. Longer than front proxies keep idle connections (Traefik:
-/// 90 s), so that it is they who close: a request sent into a connection that is just being closed is lost.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
-/// Read buffer per connection, and so the largest request head; also what may wait to be written to a slow reader.
-const BUFFER_BYTES: usize = 32 * 1024;
-/// Most header lines in a request.
-const HEADERS_MAX: usize = 128;
-/// Requests at a time on one HTTP/2 connection.
-const STREAMS_MAX: u32 = 256;
+/// How long a connection may stay without a word.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// A client whose machine is gone says nothing. Asked so often, it is noticed while its answer is still being computed.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// The first bytes of every HTTP/2 connection (RFC 9113, 3.4).
+const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// Binds `port` on `ip`, or on all addresses, IPv4 and IPv6, where there is IPv6.
 ///
@@ -89,7 +77,7 @@ fn bind_to(addr: SocketAddr) -> io::Result<TcpListener> {
 pub struct Workers {
     workers: Vec<Worker>,
     /// Finish what is under way, take no more.
-    finish: CancellationToken,
+    finish: Stopper,
     /// End now.
     abort: CancellationToken,
 }
@@ -109,7 +97,7 @@ impl Workers {
     /// # Errors
     /// A thread or its runtime cannot be had.
     pub fn start(count: usize, proxy: &Arc<Proxy>) -> io::Result<Workers> {
-        let (finish, abort) = (CancellationToken::new(), CancellationToken::new());
+        let (finish, abort) = (Stopper::default(), CancellationToken::new());
         let start = |index: usize| {
             let (connections, incoming) = mpsc::channel(HANDOVER_MAX);
             let open = Arc::new(AtomicUsize::new(0));
@@ -163,7 +151,7 @@ impl Workers {
 
     /// Lets requests under way finish, for at most `patience`; then ends what is left. Returns whether all finished.
     pub async fn finish(self, patience: Duration) -> bool {
-        self.finish.cancel();
+        self.finish.stop();
         let threads: Vec<JoinHandle<()>> = self.workers.into_iter().map(|worker| worker.thread).collect();
         let mut joined = tokio::task::spawn_blocking(|| {
             for thread in threads {
@@ -191,55 +179,62 @@ async fn work(
     mut incoming: mpsc::Receiver<(TcpStream, SocketAddr)>,
     proxy: Arc<Proxy>,
     open: Arc<AtomicUsize>,
-    finish: CancellationToken,
+    stopper: Stopper,
 ) {
-    let graceful = GracefulShutdown::new();
-    let server = server();
-    loop {
-        // Ends once nobody can hand over any more and everything that was handed over is served.
-        let Some((stream, peer)) = incoming.recv().await else { break };
+    let connections = TaskTracker::new();
+    // Ends once nobody can hand over any more and everything that was handed over is served.
+    while let Some((stream, peer)) = incoming.recv().await {
         let closed = CloseGuard(open.clone());
-        let Some(stream) = adopt(stream) else { continue };
-        let smuggled = Arc::new(AtomicU64::new(NONE));
-        let interim = Arc::new(Interim::default());
-        let reset = Arc::new(AtomicBool::new(false));
-        let watched = Watched {
-            stream,
-            reset: reset.clone(),
-            framing: Framing::default(),
-            smuggled: smuggled.clone(),
-            interim: interim.clone(),
-            gap: Gap::default(),
-        };
-        let proxy = proxy.clone();
-        let requests = AtomicU64::new(0);
-        let service = service_fn(move |request| {
-            let number = requests.fetch_add(1, Relaxed);
-            let smuggling = smuggled.load(Relaxed) == number;
-            let peer = Peer { ip: peer.ip().to_canonical(), smuggling, interim: interim.clone(), reset: reset.clone() };
-            let proxy = proxy.clone();
-            async move { Ok::<_, std::convert::Infallible>(proxy.handle(request, peer).await) }
-        });
-        let (watcher, server, finish) = (graceful.watcher(), server.clone(), finish.clone());
-        // The graceful shutdown of this worker is what waits for it.
-        #[allow(clippy::disallowed_methods)]
-        tokio::spawn(async move {
-            // hyper's own clock starts only once it knows the version. A connection without a word is held for so long.
-            let silent = timeout(HEAD_TIMEOUT, watched.stream.readable());
-            if matches!(finish.run_until_cancelled(silent).await, Some(Ok(Ok(())))) {
-                let connection = server.serve_connection(TokioIo::new(watched), service).into_owned();
-                if let Err(error) = watcher.watch(connection).await {
-                    tracing::debug!(%error, "connection ended");
-                }
-            }
+        let (proxy, stopper) = (proxy.clone(), stopper.clone());
+        connections.spawn(async move {
+            serve(stream, peer.ip().to_canonical(), proxy, stopper).await;
             drop(closed);
         });
     }
-    graceful.shutdown().await;
+    connections.close();
+    connections.wait().await;
 }
 
-/// No request of a connection.
-const NONE: u64 = u64::MAX;
+/// Serves one connection.
+async fn serve(stream: TcpStream, client_ip: IpAddr, proxy: Arc<Proxy>, stopper: Stopper) {
+    let mut stream = match adopt(stream) {
+        Ok(stream) => stream,
+        Err(error) => return tracing::debug!(%error, "connection lost before it was served"),
+    };
+    let first = tokio::select! {
+        first = timeout(SILENCE_MAX, first_bytes(&mut stream)) => first.ok().flatten(),
+        () = stopper.begun() => None,
+    };
+    let Some(first) = first else { return };
+    if first.starts_with(HTTP2_PREFACE) {
+        h2::serve(stream, first, proxy, client_ip, stopper).await;
+    } else {
+        proxy.serve(stream, first, client_ip, stopper.closing()).await;
+    }
+}
+
+/// Reads until it is clear whether this is HTTP/2. `None` if the connection ends before.
+async fn first_bytes(stream: &mut tokio::net::TcpStream) -> Option<Vec<u8>> {
+    let mut first = Vec::new();
+    loop {
+        let read = std::future::poll_fn(|cx| {
+            crate::proxy::client::with_scratch(|scratch| {
+                let mut buf = ReadBuf::new(scratch);
+                Pin::new(&mut *stream).poll_read(cx, &mut buf).map_ok(|()| {
+                    first.extend_from_slice(buf.filled());
+                    buf.filled().len()
+                })
+            })
+        });
+        if !matches!(read.await, Ok(n) if n > 0) {
+            return None;
+        }
+        let common = first.len().min(HTTP2_PREFACE.len());
+        if common == HTTP2_PREFACE.len() || first[..common] != HTTP2_PREFACE[..common] {
+            return Some(first);
+        }
+    }
+}
 
 struct CloseGuard(Arc<AtomicUsize>);
 
@@ -249,74 +244,64 @@ impl Drop for CloseGuard {
     }
 }
 
-fn adopt(stream: TcpStream) -> Option<tokio::net::TcpStream> {
-    let adopt = || {
-        // Events are small writes; waiting to fill a packet would delay each of them.
-        stream.set_nodelay(true)?;
-        tokio::net::TcpStream::from_std(stream)
-    };
-    adopt().inspect_err(|error| tracing::debug!(%error, "connection lost before it was served")).ok()
+fn adopt(stream: TcpStream) -> io::Result<tokio::net::TcpStream> {
+    // Events are small writes; waiting to fill a packet would delay each of them.
+    stream.set_nodelay(true)?;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3);
+    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    tokio::net::TcpStream::from_std(stream)
 }
 
-fn server() -> auto::Builder<TokioExecutor> {
-    let mut server = auto::Builder::new(TokioExecutor::new());
-    server
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(BUFFER_BYTES)
-        .max_headers(HEADERS_MAX);
-    server
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(STREAMS_MAX)
-        .max_send_buf_size(BUFFER_BYTES)
-        .max_header_list_size(u32::try_from(BUFFER_BYTES).unwrap_or(u32::MAX))
-        .keep_alive_interval(Duration::from_secs(30));
-    server
+/// Tells connections that they should come to their end.
+#[derive(Debug, Clone, Default)]
+struct Stopper {
+    has_begun: Arc<AtomicBool>,
+    token: CancellationToken,
 }
 
-/// A client's connection, watched for requests with two lengths, with room for interim responses.
-struct Watched {
+impl Stopper {
+    fn stop(&self) {
+        self.has_begun.store(true, Relaxed);
+        self.token.cancel();
+    }
+
+    async fn begun(&self) {
+        self.token.cancelled().await;
+    }
+
+    fn closing(&self) -> Closing {
+        Closing::new(self.has_begun.clone(), self.token.clone().cancelled_owned())
+    }
+}
+
+/// A connection whose first bytes have been read already.
+struct Rewound {
+    first: Vec<u8>,
+    read: usize,
     stream: tokio::net::TcpStream,
-    framing: Framing,
-    smuggled: Arc<AtomicU64>,
-    interim: Arc<Interim>,
-    gap: Gap,
-    reset: Arc<AtomicBool>,
 }
 
-impl Drop for Watched {
-    fn drop(&mut self) {
-        if self.reset.load(Relaxed) {
-            // Closing a socket that must not linger resets it.
-            let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
-        }
+impl Rewound {
+    fn new(stream: tokio::net::TcpStream, first: Vec<u8>) -> Rewound {
+        Rewound { first, read: 0, stream }
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for Rewound {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if let Some(number) = self.framing.feed(&buf.filled()[before..]) {
-            // Only the first one matters: the connection is closed after it.
-            let _ = self.smuggled.compare_exchange(NONE, number, Relaxed, Relaxed);
+        let rest = &self.first[self.read..];
+        if rest.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buf);
         }
-        polled
+        let n = rest.len().min(buf.remaining());
+        buf.put_slice(&rest[..n]);
+        self.read += n;
+        Poll::Ready(Ok(()))
     }
 }
 
-impl Watched {
-    fn poll_close_gap(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Watched { stream, interim, gap, .. } = self;
-        gap.poll_close(interim, stream, cx)
-    }
-}
-
-impl AsyncWrite for Watched {
+impl AsyncWrite for Rewound {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        ready!(self.poll_close_gap(cx))?;
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
@@ -325,7 +310,6 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_close_gap(cx))?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 
@@ -334,9 +318,7 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Watched { stream, interim, gap, .. } = &mut *self;
-        ready!(gap.poll_fill(interim, stream, cx))?;
-        Pin::new(stream).poll_flush(cx)
+        Pin::new(&mut self.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

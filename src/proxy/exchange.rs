@@ -2,11 +2,12 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use http::{HeaderValue, Method, Uri};
 use tokio::time::Instant;
 
+use super::relay::Watch;
 use crate::{
     backend::{Backend, Model},
+    http1::head::{Known, RequestHead},
     telemetry::metrics::{Metrics, ModelMetrics},
 };
 
@@ -19,17 +20,60 @@ pub enum Ending {
     BackendBroke,
     /// Its client left first.
     ClientGone,
+    /// Its client's body turned out to be wrong when the answer had begun.
+    ClientBroke,
+}
+
+/// What correlates a request with its answer and its log lines: the client's word for it, else one of our own.
+#[derive(Debug)]
+pub struct RequestId<'r> {
+    theirs: Option<&'r [u8]>,
+    ours: [u8; 32],
+}
+
+/// Longest id that is taken over from a client.
+const THEIR_ID_BYTES_MAX: usize = 256;
+
+thread_local! {
+    static RNG: std::cell::RefCell<fastrand::Rng> = std::cell::RefCell::new(fastrand::Rng::new());
+}
+
+impl<'r> RequestId<'r> {
+    /// The id of the request with this head.
+    pub fn of(head: &'r RequestHead) -> RequestId<'r> {
+        let theirs = head.lines.first(Known::XRequestId);
+        let theirs = theirs.filter(|id| !id.is_empty() && id.len() <= THEIR_ID_BYTES_MAX);
+        if theirs.is_some() { RequestId { theirs, ours: [0; 32] } } else { RequestId::new() }
+    }
+
+    /// A new one.
+    pub fn new() -> RequestId<'r> {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let random = RNG.with_borrow_mut(|rng| rng.u128(..)).to_ne_bytes();
+        let digit = |at: usize| DIGITS[usize::from(random[at / 2] >> (at % 2 * 4) & 15)];
+        RequestId { theirs: None, ours: std::array::from_fn(digit) }
+    }
+
+    /// As it stands in a header.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.theirs.unwrap_or(&self.ours)
+    }
+}
+
+impl Default for RequestId<'_> {
+    fn default() -> Self {
+        RequestId::new()
+    }
 }
 
 /// Facts of one request. Dropped without [`Exchange::end`], its client has gone.
 #[derive(Debug)]
-pub struct Exchange {
+pub struct Exchange<'r> {
     started: Instant,
-    method: Method,
-    uri: Uri,
+    head: &'r RequestHead,
+    request_id: &'r RequestId<'r>,
     client_ip: IpAddr,
-    request_id: HeaderValue,
-    metrics: Arc<Metrics>,
+    metrics: &'r Metrics,
     access_log: bool,
     /// The model, once it is known to exist.
     pub model: Option<Arc<Model>>,
@@ -46,22 +90,20 @@ pub struct Exchange {
 /// Status in the account of a request whose client left before it got one.
 const CLIENT_GONE: u16 = 499;
 
-impl Exchange {
+impl<'r> Exchange<'r> {
     /// A request that has just arrived.
     pub fn new(
-        method: Method,
-        uri: Uri,
+        head: &'r RequestHead,
+        request_id: &'r RequestId<'r>,
         client_ip: IpAddr,
-        request_id: HeaderValue,
-        metrics: Arc<Metrics>,
+        metrics: &'r Metrics,
         access_log: bool,
-    ) -> Exchange {
+    ) -> Exchange<'r> {
         Exchange {
             started: Instant::now(),
-            method,
-            uri,
-            client_ip,
+            head,
             request_id,
+            client_ip,
             metrics,
             access_log,
             model: None,
@@ -80,17 +122,7 @@ impl Exchange {
 
     /// Its id, for logs.
     pub fn request_id(&self) -> &str {
-        self.request_id.to_str().unwrap_or("?")
-    }
-
-    /// Its path.
-    pub fn path(&self) -> &str {
-        self.uri.path()
-    }
-
-    /// Bytes of its answer have gone out.
-    pub fn count_bytes(&mut self, bytes: usize) {
-        self.response_bytes += bytes as u64;
+        std::str::from_utf8(self.request_id.as_bytes()).unwrap_or("?")
     }
 
     /// Closes the account.
@@ -107,13 +139,13 @@ impl Exchange {
         instruments.request_done(status, duration);
         if self.access_log {
             tracing::info!(
-                request_id = self.request_id(), client = %self.client_ip, method = %self.method, path = self.path(),
+                request_id = self.request_id(), client = %self.client_ip, method = %self.head.method, path = self.head.path(),
                 status, model = self.model_id(), container = self.container(), attempts = self.attempts,
                 bytes = self.response_bytes, seconds = duration.as_secs_f64(), ending = ?ending, "request"
             );
         } else {
             tracing::debug!(
-                request_id = self.request_id(), client = %self.client_ip, method = %self.method, path = self.path(),
+                request_id = self.request_id(), client = %self.client_ip, method = %self.head.method, path = self.head.path(),
                 status, model = self.model_id(), container = self.container(), attempts = self.attempts,
                 bytes = self.response_bytes, seconds = duration.as_secs_f64(), ending = ?ending, "request"
             );
@@ -129,7 +161,13 @@ impl Exchange {
     }
 }
 
-impl Drop for Exchange {
+impl Watch for Exchange<'_> {
+    fn payload(&mut self, payload: &[u8]) {
+        self.response_bytes += payload.len() as u64;
+    }
+}
+
+impl Drop for Exchange<'_> {
     fn drop(&mut self) {
         self.end(Ending::ClientGone);
     }

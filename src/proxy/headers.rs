@@ -1,265 +1,412 @@
-//! Headers on their way through: what must not pass, what the proxy adds. Pure.
+//! Heads on their way through: what must not pass, what the proxy adds, how the end of a body is told. Pure.
 
-use std::net::IpAddr;
+use std::{io::Write as _, net::IpAddr};
 
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::HeaderMap;
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
-/// Correlates a request with its answers and log lines.
-pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Asks front proxies (nginx) not to hold events back.
-pub const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+use crate::http1::{
+    body::Framing,
+    head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
+};
 
-/// Headers that belong to one connection (RFC 9110, 7.6.1), beside those that `Connection` names. `Trailer` is not one
-/// of them; `TE` may pass as far as it asks for trailers.
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    matches!(*name, header::CONNECTION | header::TRANSFER_ENCODING | header::UPGRADE | header::TE)
-        || *name == KEEP_ALIVE
-        || *name == PROXY_CONNECTION
-}
-
-/// Removes what belongs to the connection the message came on. Order and repetitions of the rest stay as they are.
-pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if !headers.keys().any(is_hop_by_hop) {
-        return;
-    }
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        // Framing is not the sender's to remove, whatever it names.
-        .filter_map(|name| name.trim().parse().ok())
-        .filter(|name| *name != header::CONTENT_LENGTH && *name != header::HOST)
-        .collect();
-    let wants_trailers = headers.get_all(header::TE).iter().any(|te| {
-        te.to_str().is_ok_and(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
-    });
-    // Removing from a header map moves its last entry into the gap; a new map keeps the order.
-    let mut kept = HeaderMap::with_capacity(headers.len());
-    let mut current = None;
-    for (name, value) in headers.drain() {
-        if name.is_some() {
-            current = name;
-        }
-        let Some(name) = &current else { continue };
-        if !is_hop_by_hop(name) && !named.contains(name) {
-            kept.append(name, value);
-        }
-    }
-    if wants_trailers {
-        kept.insert(header::TE, HeaderValue::from_static("trailers"));
-    }
-    *headers = kept;
-}
-
-/// What the proxy knows of the client.
+/// What is added to a request on its way to a backend.
 #[derive(Debug, Clone, Copy)]
-pub struct Client {
-    /// Its address on the connection.
-    pub ip: IpAddr,
+pub struct ToBackend<'a> {
+    /// Prefix of the backend's API, if the path begins with `/v1` and that is not its prefix.
+    pub base_path: Option<&'a str>,
+    /// Value of `Host`.
+    pub authority: &'a str,
+    /// The client's address.
+    pub client_ip: IpAddr,
+    /// Correlates the request with its answers and log lines.
+    pub request_id: &'a [u8],
+    /// The client may go on with another protocol on this connection.
+    pub upgrades: bool,
 }
 
-/// Turns a request's headers into those for a backend, but for `Host`, which differs from one to the next.
-pub fn prepare_request(headers: &mut HeaderMap, client: Client, request_id: &HeaderValue) {
-    strip_hop_by_hop(headers);
-    // The body has been asked for already; the backend's 100 would come too late.
-    headers.remove(header::EXPECT);
-    if let (Some(host), false) = (headers.get(header::HOST).cloned(), headers.contains_key(X_FORWARDED_HOST)) {
-        headers.insert(X_FORWARDED_HOST, host);
-    }
-    if !headers.contains_key(X_FORWARDED_PROTO) {
-        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static("http"));
-    }
-    forwarded_for(headers, client.ip);
-    if !headers.contains_key(X_REQUEST_ID) {
-        headers.insert(X_REQUEST_ID, request_id.clone());
-    }
-}
-
-/// HTTP/2 splits a cookie line into crumbs, which HTTP/1.1 knows as one line (RFC 9113, 8.2.3).
-pub fn join_cookies(headers: &mut HeaderMap) {
-    let mut crumbs = headers.get_all(header::COOKIE).iter();
-    if crumbs.next().is_none() || crumbs.next().is_none() {
-        return;
-    }
-    let crumbs: Vec<&[u8]> = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
-    if let Ok(line) = HeaderValue::try_from(crumbs.join(&b"; "[..])) {
-        headers.insert(header::COOKIE, line);
-    }
-}
-
-/// Appends the client's address once, to the last line there is: lines are one list (RFC 9110, 5.3).
-fn forwarded_for(headers: &mut HeaderMap, ip: IpAddr) {
-    let ip = ip.to_canonical();
-    let own = match ip {
-        IpAddr::V4(ip) => ip.to_string(),
-        IpAddr::V6(ip) => ip.to_string(),
+/// Appends the head of a request as a backend gets it. Lines keep their order, their case and their repetitions.
+pub fn push_request(out: &mut Vec<u8>, head: &RequestHead, to: &ToBackend<'_>) {
+    let target = head.target();
+    let (base_path, rest) = match (to.base_path, target.strip_prefix("/v1")) {
+        (Some(base_path), Some(rest)) => (base_path, rest),
+        _ => ("", target),
     };
-    match headers.entry(X_FORWARDED_FOR) {
-        header::Entry::Vacant(vacant) => {
-            if let Ok(value) = HeaderValue::try_from(own) {
-                vacant.insert(value);
+    push_all(out, &[head.method.as_str(), " ", base_path, rest, " HTTP/1.1\r\nhost: ", to.authority, "\r\n"]);
+    let lines = &head.lines;
+    let names_others = connection_names_others(lines);
+    let mut forwarded_left = lines.all(Known::XForwardedFor).count();
+    let had_forwarded = forwarded_left > 0;
+    for header in lines.iter() {
+        match header.known {
+            // The body has been asked for already; the backend's 100 would come too late.
+            Known::Host | Known::Expect => continue,
+            Known::Upgrade if to.upgrades => {}
+            known if known.is_hop_by_hop() => continue,
+            _ if names_others && lines.is_named_by_connection(&header) => continue,
+            // Lines are one list (RFC 9110, 5.3): the address goes to the end of the last one.
+            Known::XForwardedFor => {
+                forwarded_left -= 1;
+                if forwarded_left == 0 {
+                    out.extend_from_slice(header.name);
+                    out.extend_from_slice(b": ");
+                    out.extend_from_slice(header.value);
+                    out.extend_from_slice(if header.value.is_empty() { b"" } else { b", " });
+                    push_ip(out, to.client_ip);
+                    out.extend_from_slice(b"\r\n");
+                    continue;
+                }
             }
+            // Two equal ones may come; one goes.
+            Known::ContentLength => continue,
+            _ => {}
         }
-        header::Entry::Occupied(mut occupied) => {
-            let Some(last) = occupied.iter_mut().last() else { return };
-            let line = [last.as_bytes(), b", ", own.as_bytes()].concat();
-            if let Ok(value) = HeaderValue::try_from(line) {
-                *last = value;
-            }
+        push_line(out, header.name, header.value);
+    }
+    if !had_forwarded {
+        out.extend_from_slice(b"x-forwarded-for: ");
+        push_ip(out, to.client_ip);
+        out.extend_from_slice(b"\r\n");
+    }
+    if let (Some(host), false) = (head.host(), lines.has(Known::XForwardedHost)) {
+        push_line(out, b"x-forwarded-host", host);
+    }
+    if !lines.has(Known::XForwardedProto) {
+        out.extend_from_slice(b"x-forwarded-proto: http\r\n");
+    }
+    if !lines.has(Known::XRequestId) {
+        push_line(out, b"x-request-id", to.request_id);
+    }
+    if lines.lists(Known::Te, "trailers") {
+        out.extend_from_slice(b"te: trailers\r\n");
+    }
+    if to.upgrades {
+        out.extend_from_slice(b"connection: upgrade\r\n");
+    }
+    match head.framing {
+        Framing::Length(length) => push_length(out, length),
+        Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+        // A body of no bytes is still one: servers ask for a length where a method calls for a body.
+        Framing::Empty | Framing::Close if lines.has(Known::ContentLength) => push_length(out, 0),
+        Framing::Empty | Framing::Close => {}
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// What is added to an answer on its way to the client.
+#[derive(Debug, Clone, Copy)]
+pub struct ToClient<'a> {
+    /// How the client is told where the body ends.
+    pub framing: Delivery,
+    /// Correlates the answer with its request.
+    pub request_id: &'a [u8],
+    /// What is said of the connection.
+    pub connection: Persistence,
+    /// The origin whose scripts may read the answer, if it is for the proxy to say.
+    pub origin: Option<&'a [u8]>,
+    /// The backend's address and the prefix of its API, which mean nothing to the client.
+    pub authority: &'a str,
+    /// Prefix of the backend's API.
+    pub base_path: &'a str,
+}
+
+/// How a client is told where a body ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// As the backend said it: by its length, or because there is none.
+    AsIs,
+    /// In chunks.
+    Chunked,
+    /// By the end of the connection, which is all that HTTP/1.0 knows for a body of unknown length.
+    UntilClose,
+}
+
+impl Delivery {
+    /// How a client of this version is told of a body with this framing.
+    pub fn of(framing: Framing, version: Version) -> Delivery {
+        match (framing, version) {
+            (Framing::Empty | Framing::Length(_), _) => Delivery::AsIs,
+            (Framing::Chunked | Framing::Close, Version::Http11) => Delivery::Chunked,
+            (Framing::Chunked | Framing::Close, Version::Http10) => Delivery::UntilClose,
         }
     }
 }
 
-/// Turns a backend's response headers into those for the client.
-pub fn prepare_response(headers: &mut HeaderMap, request_id: &HeaderValue, to_http_1_0: bool) {
-    strip_hop_by_hop(headers);
-    if to_http_1_0 {
-        headers.remove(header::TRAILER);
-        if !headers.contains_key(header::CONTENT_LENGTH) {
-            // Only the end of the connection can end this answer.
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+/// What happens to the client's connection after an answer, as far as it must be said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Persistence {
+    /// What the client takes for granted.
+    Unsaid,
+    /// It goes on, which HTTP/1.0 must be told.
+    KeepAlive,
+    /// It is closed.
+    Close,
+    /// It goes on with another protocol.
+    Upgrade,
+}
+
+/// Appends the head of a backend's answer as the client gets it.
+pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) {
+    push_status(out, head.status.as_u16(), head.reason());
+    let lines = &head.lines;
+    let names_others = connection_names_others(lines);
+    for header in lines.iter() {
+        match header.known {
+            Known::Upgrade if to.connection == Persistence::Upgrade => {}
+            known if known.is_hop_by_hop() => continue,
+            _ if names_others && lines.is_named_by_connection(&header) => continue,
+            Known::ContentLength if to.framing != Delivery::AsIs => continue,
+            Known::AllowOrigin if to.origin.is_some() => continue,
+            Known::Location => {
+                let here = hide_backend(header.value, to.authority, to.base_path);
+                push_line(out, header.name, here.as_deref().unwrap_or(header.value));
+                continue;
+            }
+            // There will be none.
+            Known::Other if to.framing == Delivery::UntilClose && is_trailer(&header) => continue,
+            _ => {}
         }
+        push_line(out, header.name, header.value);
     }
-    if !headers.contains_key(X_REQUEST_ID) {
-        headers.insert(X_REQUEST_ID, request_id.clone());
+    if !lines.has(Known::XRequestId) {
+        push_line(out, b"x-request-id", to.request_id);
     }
-    if is_event_stream(headers) && !headers.contains_key(X_ACCEL_BUFFERING) {
-        headers.insert(X_ACCEL_BUFFERING, HeaderValue::from_static("no"));
+    // Front proxies (nginx) would hold events back.
+    if head.is_event_stream() && !lines.has(Known::XAccelBuffering) {
+        out.extend_from_slice(b"x-accel-buffering: no\r\n");
     }
+    push_end(out, to.framing, to.connection, to.origin);
+}
+
+/// Appends an interim answer.
+pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead) {
+    push_status(out, head.status.as_u16(), head.reason());
+    for header in head.lines.iter().filter(|header| !header.known.is_hop_by_hop()) {
+        push_line(out, header.name, header.value);
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Appends the head of an answer of the proxy's own, whose body has `length` bytes.
+pub fn push_own(
+    out: &mut Vec<u8>,
+    status: http::StatusCode,
+    headers: &HeaderMap,
+    length: usize,
+    request_id: &[u8],
+    connection: Persistence,
+    origin: Option<&[u8]>,
+) {
+    push_status(out, status.as_u16(), status.canonical_reason().unwrap_or_default().as_bytes());
+    for (name, value) in headers {
+        push_line(out, name.as_str().as_bytes(), value.as_bytes());
+    }
+    if status != http::StatusCode::NO_CONTENT {
+        push_length(out, length as u64);
+    }
+    push_line(out, b"x-request-id", request_id);
+    push_end(out, Delivery::AsIs, connection, origin);
+}
+
+fn push_end(out: &mut Vec<u8>, framing: Delivery, connection: Persistence, origin: Option<&[u8]>) {
+    if let Some(origin) = origin {
+        push_line(out, b"access-control-allow-origin", origin);
+        out.extend_from_slice(b"vary: origin\r\n");
+    }
+    if framing == Delivery::Chunked {
+        out.extend_from_slice(b"transfer-encoding: chunked\r\n");
+    }
+    out.extend_from_slice(match connection {
+        Persistence::Unsaid => b"",
+        Persistence::KeepAlive => b"connection: keep-alive\r\n",
+        Persistence::Close => b"connection: close\r\n",
+        Persistence::Upgrade => b"connection: upgrade\r\n",
+    });
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Whether `Connection` names any header but those that never pass anyway.
+fn connection_names_others(lines: &Lines) -> bool {
+    lines.all(Known::Connection).any(|value| {
+        value.split(|b| *b == b',').map(<[u8]>::trim_ascii).any(|token| {
+            !(token.is_empty() || token.eq_ignore_ascii_case(b"keep-alive") || token.eq_ignore_ascii_case(b"close"))
+        })
+    })
+}
+
+fn is_trailer(header: &Header<'_>) -> bool {
+    header.name.eq_ignore_ascii_case(b"trailer")
+}
+
+fn push_status(out: &mut Vec<u8>, status: u16, reason: &[u8]) {
+    out.extend_from_slice(b"HTTP/1.1 ");
+    // Three digits: `StatusCode` knows no others.
+    out.extend([status / 100, status / 10 % 10, status % 10].map(|digit| b'0' + (digit % 10) as u8));
+    out.push(b' ');
+    out.extend_from_slice(reason);
+    out.extend_from_slice(b"\r\n");
+}
+
+fn push_line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+    out.reserve(name.len() + value.len() + 4);
+    out.extend_from_slice(name);
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
+}
+
+fn push_all(out: &mut Vec<u8>, parts: &[&str]) {
+    for part in parts {
+        out.extend_from_slice(part.as_bytes());
+    }
+}
+
+fn push_length(out: &mut Vec<u8>, length: u64) {
+    // Writing to a vector does not fail.
+    let _ = write!(out, "content-length: {length}\r\n");
+}
+
+fn push_ip(out: &mut Vec<u8>, ip: IpAddr) {
+    let _ = write!(out, "{}", ip.to_canonical());
 }
 
 /// Makes a redirect to the backend itself one to the same place here: its address means nothing to the client, and its
-/// base path stands for `/v1`.
-pub fn hide_backend(headers: &mut HeaderMap, authority: &HeaderValue, base_path: &str) {
-    let Some(location) = headers.get_mut(header::LOCATION) else { return };
-    let Some(path) = location.to_str().ok().and_then(|location| {
-        let rest = location.strip_prefix("http:").unwrap_or(location).strip_prefix("//")?;
-        rest.strip_prefix(authority.to_str().ok()?).filter(|path| path.is_empty() || path.starts_with(['/', '?']))
-    }) else {
-        return;
-    };
+/// base path stands for `/v1`. `None` if it leads elsewhere.
+fn hide_backend(location: &[u8], authority: &str, base_path: &str) -> Option<Vec<u8>> {
+    let location = std::str::from_utf8(location).ok()?;
+    let rest = location.strip_prefix("http:").unwrap_or(location).strip_prefix("//")?;
+    let path = rest.strip_prefix(authority).filter(|path| path.is_empty() || path.starts_with(['/', '?']))?;
     let here = match path.strip_prefix(base_path) {
         Some(rest) if rest.starts_with('/') => format!("/v1{rest}"),
         _ if path.starts_with('/') => path.to_owned(),
         _ => format!("/{path}"),
     };
-    if let Ok(here) = HeaderValue::try_from(here) {
-        *location = here;
-    }
-}
-
-/// Whether a response is a stream of server-sent events.
-pub fn is_event_stream(headers: &HeaderMap) -> bool {
-    const EVENT_STREAM: &[u8] = b"text/event-stream";
-    headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.as_bytes().get(..EVENT_STREAM.len()))
-        .is_some_and(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM))
+    Some(here.into_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http1::head::HeadEnd;
 
-    fn map(lines: &[(&'static str, &str)]) -> HeaderMap {
-        let mut map = HeaderMap::new();
-        for (name, value) in lines {
-            map.append(*name, value.parse().unwrap());
-        }
-        map
+    fn request(text: &str) -> RequestHead {
+        let mut head = RequestHead::default();
+        let bytes = text.replace('\n', "\r\n");
+        assert_eq!(HeadEnd::default().find(bytes.as_bytes()), Ok(Some(bytes.len())));
+        head.read(bytes.as_bytes()).unwrap();
+        head
     }
 
-    fn lines(map: &HeaderMap) -> Vec<(&str, &str)> {
-        map.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect()
+    fn sent(text: &str, ip: &str, base_path: Option<&str>) -> String {
+        let to = ToBackend {
+            base_path,
+            authority: "10.0.0.1:8000",
+            client_ip: ip.parse().unwrap(),
+            request_id: b"id-1",
+            upgrades: false,
+        };
+        let mut out = Vec::new();
+        push_request(&mut out, &request(text), &to);
+        String::from_utf8(out).unwrap().replace("\r\n", "\n")
+    }
+
+    fn answered(text: &str, framing: Delivery, connection: Persistence, origin: Option<&[u8]>) -> String {
+        let head = ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap();
+        let to = ToClient {
+            framing,
+            request_id: b"id-1",
+            connection,
+            origin,
+            authority: "10.0.0.1:8000",
+            base_path: "/api/v1",
+        };
+        let mut out = Vec::new();
+        push_response(&mut out, &head, &to);
+        String::from_utf8(out).unwrap().replace("\r\n", "\n")
     }
 
     #[test]
-    fn hop_by_hop_headers_go_and_the_rest_keeps_its_order() {
-        let mut headers = map(&[
-            ("a", "1"),
-            ("connection", "keep-alive, X-Secret"),
-            ("keep-alive", "timeout=5"),
-            ("b", "2"),
-            ("x-secret", "s"),
-            ("transfer-encoding", "chunked"),
-            ("te", "gzip, Trailers"),
-            ("upgrade", "h2c"),
-            ("proxy-connection", "x"),
-            ("b", "3"),
-            ("trailer", "x-sum"),
-            ("c", "4"),
-        ]);
-        strip_hop_by_hop(&mut headers);
-        let expect = [("a", "1"), ("b", "2"), ("b", "3"), ("trailer", "x-sum"), ("c", "4"), ("te", "trailers")];
-        assert_eq!(lines(&headers), expect);
+    fn hop_by_hop_headers_go_and_the_rest_keeps_its_order_and_case() {
+        let text = "POST /v1/x?y HTTP/1.1\nHost: api.example\nA: 1\nConnection: keep-alive, X-Secret\nKeep-Alive: timeout=5\n\
+                    b: 2\nx-secret: s\nTransfer-Encoding: chunked\nTE: gzip, Trailers\nUpgrade: h2c\nProxy-Connection: x\n\
+                    B: 3\nTrailer: x-sum\nc:\nExpect: 100-continue\n\n";
+        let expect = "POST /v1/x?y HTTP/1.1\nhost: 10.0.0.1:8000\nA: 1\nb: 2\nB: 3\nTrailer: x-sum\nc: \n\
+                      x-forwarded-for: 192.0.2.7\nx-forwarded-host: api.example\nx-forwarded-proto: http\n\
+                      x-request-id: id-1\nte: trailers\ntransfer-encoding: chunked\n\n";
+        assert_eq!(sent(text, "192.0.2.7", None), expect);
     }
 
     #[test]
     fn connection_cannot_name_away_the_framing() {
-        let mut headers =
-            map(&[("content-length", "5"), ("host", "h"), ("connection", "content-length, host, nonsense name")]);
-        strip_hop_by_hop(&mut headers);
-        assert_eq!(lines(&headers), [("content-length", "5"), ("host", "h")]);
-    }
-
-    fn prepared(request: &[(&'static str, &str)], ip: &str) -> HeaderMap {
-        let mut headers = map(request);
-        let client = Client { ip: ip.parse().unwrap() };
-        prepare_request(&mut headers, client, &HeaderValue::from_static("id-1"));
-        headers
-    }
-
-    #[test]
-    fn forwarding_headers_are_set_once() {
-        let headers = prepared(&[("host", "api.example"), ("x", "1")], "192.0.2.7");
-        assert_eq!(
-            lines(&headers),
-            [
-                ("host", "api.example"),
-                ("x", "1"),
-                ("x-forwarded-host", "api.example"),
-                ("x-forwarded-proto", "http"),
-                ("x-forwarded-for", "192.0.2.7"),
-                ("x-request-id", "id-1"),
-            ]
-        );
+        let text =
+            "POST /v1/x HTTP/1.1\nContent-Length: 5\ncontent-length: 5\nHost: h\nConnection: content-length, host\n\n";
+        let sent = sent(text, "192.0.2.7", None);
+        assert_eq!(sent.matches("ontent-length: 5").count(), 1, "{sent}");
+        assert_eq!(sent.matches("host: 10.0.0.1:8000").count(), 1, "{sent}");
     }
 
     #[test]
     fn what_the_front_proxy_said_is_kept_and_all_lines_stay() {
-        let headers = prepared(
-            &[
-                ("host", "inner"),
-                ("x-forwarded-for", "198.51.100.1, 198.51.100.2"),
-                ("x-forwarded-for", "198.51.100.3"),
-                ("x-forwarded-host", "api.example"),
-                ("x-forwarded-proto", "https"),
-                ("forwarded", "for=198.51.100.1"),
-                ("x-request-id", "theirs"),
-                ("expect", "100-continue"),
-            ],
-            "::ffff:192.0.2.7",
-        );
-        let all: Vec<_> = headers.get_all("x-forwarded-for").iter().collect();
-        assert_eq!(all, ["198.51.100.1, 198.51.100.2", "198.51.100.3, 192.0.2.7"]);
-        assert_eq!(headers["x-forwarded-host"], "api.example");
-        assert_eq!(headers["x-forwarded-proto"], "https");
-        assert_eq!(headers["forwarded"], "for=198.51.100.1");
-        assert_eq!(headers["x-request-id"], "theirs");
-        assert!(!headers.contains_key("expect"));
+        let text = "GET /v1/x HTTP/1.1\nHost: inner\nX-Forwarded-For: 198.51.100.1, 198.51.100.2\nx-forwarded-for: 198.51.100.3\n\
+                    X-Forwarded-Host: api.example\nX-Forwarded-Proto: https\nForwarded: for=198.51.100.1\nX-Request-Id: theirs\n\n";
+        let expect = "GET /v1/x HTTP/1.1\nhost: 10.0.0.1:8000\nX-Forwarded-For: 198.51.100.1, 198.51.100.2\n\
+                      x-forwarded-for: 198.51.100.3, 192.0.2.7\nX-Forwarded-Host: api.example\nX-Forwarded-Proto: https\n\
+                      Forwarded: for=198.51.100.1\nX-Request-Id: theirs\n\n";
+        assert_eq!(sent(text, "::ffff:192.0.2.7", None), expect);
     }
 
     #[test]
-    fn cookie_crumbs_become_one_line_in_their_place() {
-        let mut headers = map(&[("a", "1"), ("cookie", "x=1"), ("b", "2"), ("cookie", "y=2")]);
-        join_cookies(&mut headers);
-        assert_eq!(lines(&headers), [("a", "1"), ("cookie", "x=1; y=2"), ("b", "2")]);
+    fn the_base_path_stands_for_v1() {
+        for (base_path, first) in [
+            (None, "GET /v1/a%2Fb?v1 HTTP/1.1"),
+            (Some("/api/v1"), "GET /api/v1/a%2Fb?v1 HTTP/1.1"),
+            (Some(""), "GET /a%2Fb?v1 HTTP/1.1"),
+        ] {
+            let sent = sent("GET /v1/a%2Fb?v1 HTTP/1.1\n\n", "192.0.2.7", base_path);
+            assert_eq!(sent.lines().next(), Some(first));
+        }
+    }
+
+    #[test]
+    fn bodies_of_no_bytes_stay_bodies() {
+        let length = |text: &str| sent(text, "::1", None).contains("content-length: 0\n");
+        assert!(length("POST /v1/x HTTP/1.1\nContent-Length: 0\n\n"));
+        assert!(!length("GET /v1/x HTTP/1.1\n\n"));
+    }
+
+    #[test]
+    fn upgrades_pass_where_they_are_wanted() {
+        let text =
+            "GET /v1/realtime HTTP/1.1\nConnection: Upgrade, keep-alive\nUpgrade: websocket\nSec-WebSocket-Key: k\n\n";
+        let mut out = Vec::new();
+        let to = ToBackend {
+            base_path: None,
+            authority: "b",
+            client_ip: [192, 0, 2, 7].into(),
+            request_id: b"id",
+            upgrades: true,
+        };
+        push_request(&mut out, &request(text), &to);
+        let out = String::from_utf8(out).unwrap();
+        assert!(out.contains("\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k\r\n"), "{out}");
+        assert!(out.ends_with("connection: upgrade\r\n\r\n"), "{out}");
+    }
+
+    #[test]
+    fn answers_keep_their_lines_and_lose_those_of_their_connection() {
+        let text = "HTTP/1.1 418 I'm a teapot\nServer: x\nConnection: close, X-Hop\nKeep-Alive: timeout=5\nx-hop: 1\nset-cookie: a\n\
+                    Set-Cookie: b\nContent-Length: 5\n\n";
+        assert_eq!(
+            answered(text, Delivery::AsIs, Persistence::Unsaid, None),
+            "HTTP/1.1 418 I'm a teapot\nServer: x\nset-cookie: a\nSet-Cookie: b\nContent-Length: 5\nx-request-id: id-1\n\n"
+        );
+        let text = "HTTP/1.1 200\nX-Request-Id: theirs\nContent-Type: text/event-stream\nTransfer-Encoding: chunked\nTrailer: x\n\n";
+        assert_eq!(
+            answered(text, Delivery::Chunked, Persistence::Close, Some(b"https://ui.example")),
+            "HTTP/1.1 200 \nX-Request-Id: theirs\nContent-Type: text/event-stream\nTrailer: x\nx-accel-buffering: no\n\
+             access-control-allow-origin: https://ui.example\nvary: origin\ntransfer-encoding: chunked\nconnection: close\n\n"
+        );
+        let until_close = answered(text, Delivery::UntilClose, Persistence::Close, None);
+        assert!(!until_close.contains("Trailer") && !until_close.contains("chunked"), "{until_close}");
     }
 
     #[test]
@@ -272,21 +419,23 @@ mod tests {
             ("https://example.org/x", "https://example.org/x"),
             ("/api/v1/x", "/api/v1/x"),
         ] {
-            let mut headers = map(&[("location", from)]);
-            hide_backend(&mut headers, &HeaderValue::from_static("10.0.0.1:8000"), "/api/v1");
-            assert_eq!(headers["location"], to);
+            let text = format!("HTTP/1.1 307 x\nLocation: {from}\n\n");
+            let sent = answered(&text, Delivery::AsIs, Persistence::Unsaid, None);
+            assert!(sent.contains(&format!("\nLocation: {to}\n")), "{from}: {sent}");
         }
     }
 
     #[test]
-    fn event_streams_are_recognised_and_unbuffered() {
-        let mut headers = map(&[("content-type", "Text/Event-Stream; charset=utf-8")]);
-        prepare_response(&mut headers, &HeaderValue::from_static("id"), false);
-        assert_eq!(headers["x-accel-buffering"], "no");
-        assert_eq!(headers["x-request-id"], "id");
-        let mut headers = map(&[("content-type", "application/json"), ("x-request-id", "backend's")]);
-        prepare_response(&mut headers, &HeaderValue::from_static("id"), false);
-        assert!(!headers.contains_key("x-accel-buffering"));
-        assert_eq!(headers["x-request-id"], "backend's");
+    fn the_end_is_told_so_that_the_client_understands() {
+        for (framing, version, delivery) in [
+            (Framing::Length(5), Version::Http10, Delivery::AsIs),
+            (Framing::Empty, Version::Http11, Delivery::AsIs),
+            (Framing::Chunked, Version::Http11, Delivery::Chunked),
+            (Framing::Close, Version::Http11, Delivery::Chunked),
+            (Framing::Chunked, Version::Http10, Delivery::UntilClose),
+            (Framing::Close, Version::Http10, Delivery::UntilClose),
+        ] {
+            assert_eq!(Delivery::of(framing, version), delivery, "{framing:?} {version:?}");
+        }
     }
 }

@@ -1,41 +1,45 @@
-//! The life of a request: [`Proxy::handle`], from its head to the head of its answer.
+//! The life of a request: [`Proxy::serve`] reads it from its client's connection and sees it to its end.
 //!
 //! ```text
 //! classify path → read the body up to its model → look the model up → choose a member of its pool → send
 //!                                                                     ▲                             │
 //!                                                                     └── another, before a byte ◄──┘ failed
-//! → answer passes through Relayed (stream.rs), whose end settles the account
+//! → the answer passes through relay.rs, and the account is settled at its end
 //! ```
+//!
+//! One task serves a client's connection from its first byte to its last: it reads the request ([`client`]), sends it
+//! ([`attempt`]) and hands on the answer ([`relay`]), each over the sockets themselves. Nothing is handed to another task,
+//! so a request that is dropped, for whatever reason, ends everything that was done for it.
 //!
 //! The proxy decides nothing about backends: which exist and which take requests is in the snapshot it reads.
 
+pub mod attempt;
+pub mod client;
 pub mod exchange;
+pub mod failure;
 pub mod headers;
-pub mod interim;
 pub mod paths;
-pub mod stream;
+pub mod relay;
+pub mod tunnel;
 
 use std::{
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header, uri::PathAndQuery};
-use http_body::Body as _;
-use hyper::body::Incoming;
-use tokio::time::{Instant, timeout};
+use http::{HeaderValue, Method, Response, StatusCode, header};
+use tokio::time::{Instant, sleep, timeout};
 
 use self::{
-    exchange::{Ending, Exchange},
-    headers::{Client, X_REQUEST_ID},
-    interim::Interim,
+    attempt::{Attempt, Stop},
+    client::{BodyWait, Client, Closing, Gone, Next, Transport},
+    exchange::{Ending, Exchange, RequestId},
+    failure::{Action, Stage, What},
+    headers::{Delivery, Persistence, ToBackend, ToClient},
     paths::Target,
-    stream::{AbnormalEnd, EventStream, ProxyBody, Relayed},
+    relay::{Cut, Relay, Relayed},
 };
 use crate::{
     admin::Admin,
@@ -43,17 +47,18 @@ use crate::{
     balance,
     config::{Balance, Config},
     error::{Dialect, ProxyError},
-    replay::{AttemptBody, BodyFault, BodyLimits, Replay},
+    http1::{
+        body::{BodyDecoder, Framing, push_chunk},
+        head::{HeadError, Known, Lines, RequestHead, ResponseHead, Version},
+    },
+    replay::{BodyFault, BodyLimits, Replay},
     scan::{ModelScanner, ScanError},
     table::{Lookup, TableReader},
     telemetry::metrics::Metrics,
-    upstream::{ConnectError, Lease},
 };
 
-/// How much of an unwanted body is read so that the client gets to see the answer instead of a reset.
-const DISCARD_BYTES: u64 = 8 * 1024 * 1024;
-/// For how long.
-const DISCARD_TIME: Duration = Duration::from_secs(2);
+/// How long the error event of a broken stream may take to reach its client.
+const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 
 /// What the data plane needs to serve requests; shared by all workers.
 #[derive(Debug)]
@@ -72,46 +77,69 @@ pub struct Proxy {
     admin_elsewhere: bool,
 }
 
-/// What is known of the connection a request came on.
-#[derive(Debug, Clone)]
-pub struct Peer {
-    /// Address of the other end.
-    pub ip: IpAddr,
-    /// The way for interim responses.
-    pub interim: Arc<Interim>,
-    /// Set: the connection must not end cleanly, as its end would be taken for that of an answer that was cut.
-    pub reset: Arc<AtomicBool>,
-    /// The request's head says its length in two ways, so that two servers could read two different requests
-    /// (RFC 9112, 6.1).
-    pub smuggling: bool,
-}
-
-/// Why an attempt to get an answer from a backend failed, before the first byte of it.
-#[derive(Debug, Clone, Copy)]
-enum Failure {
-    Connect(ConnectError),
-    /// The connection broke.
-    Broke {
-        /// It had carried a request before.
-        reused: bool,
-        /// The answer had begun.
-        begun: bool,
-    },
-    /// The answer is none that was asked for.
-    Nonsense,
-    /// No first byte in the time the user set.
-    TimedOut {
-        limit: Duration,
-        knob: &'static str,
-    },
-}
-
 /// Which origins' scripts may read answers.
 #[derive(Debug, Clone)]
 enum Cors {
     Off,
     Any,
     Listed(Vec<String>),
+}
+
+/// What becomes of the client's connection after an exchange.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    /// The next request may come.
+    KeepAlive,
+    /// It is closed in an orderly way.
+    Close,
+    /// It is ended at once.
+    Abort {
+        /// So that its end is not taken for the end of an answer.
+        by_reset: bool,
+    },
+}
+
+/// One request with what is known of it from its head.
+#[derive(Debug, Clone, Copy)]
+struct Asked<'r> {
+    head: &'r RequestHead,
+    id: &'r RequestId<'r>,
+    client_ip: IpAddr,
+    /// In whose shape this client reads errors.
+    dialect: Dialect,
+    /// Value of `Access-Control-Allow-Origin`, if it is for the proxy to say.
+    origin: Option<&'r [u8]>,
+    /// The client's connection may carry another request.
+    keeps_alive: bool,
+}
+
+/// A backend's answer, with all that depends on it.
+#[derive(Debug)]
+struct Answer {
+    head: ResponseHead,
+    attempt: Attempt,
+    in_flight: InFlight,
+}
+
+/// Why there is none.
+#[derive(Debug)]
+enum NoAnswer {
+    /// The client is told why.
+    Error(ProxyError),
+    /// The client left.
+    Gone,
+}
+
+impl From<ProxyError> for NoAnswer {
+    fn from(error: ProxyError) -> NoAnswer {
+        NoAnswer::Error(error)
+    }
+}
+
+impl From<Gone> for NoAnswer {
+    fn from(Gone: Gone) -> NoAnswer {
+        NoAnswer::Gone
+    }
 }
 
 // === impl Proxy ===
@@ -139,239 +167,255 @@ impl Proxy {
         }
     }
 
-    /// Serves one request.
-    pub async fn handle(&self, request: Request<Incoming>, peer: Peer) -> Response<ProxyBody> {
-        let request_id = match request.headers().get(X_REQUEST_ID) {
-            Some(id) if !id.is_empty() && id.len() <= 256 => id.clone(),
-            _ => new_request_id(),
-        };
-        let origin = self.cors.allow(request.headers());
-        let can_close = request.version() <= Version::HTTP_11;
-        let mut response = self.dispatch(request, peer, &request_id).await;
-        let headers = response.headers_mut();
-        if can_close && self.admin.stopping.load(Ordering::Relaxed) {
-            // Whoever keeps this connection would lose the request it sends just when it is closed.
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    /// Serves a connection of a client at `client_ip`, of which `first` has been read already, to its end.
+    pub async fn serve<S: Transport>(&self, io: S, first: Vec<u8>, client_ip: IpAddr, closing: Closing) {
+        let mut client = Client::new(io, first, closing);
+        let mut head = RequestHead::default();
+        loop {
+            match client.next(&mut head).await {
+                Next::Request => {}
+                Next::End => return client.abort(false),
+                Next::Nonsense(error) => {
+                    refuse_connection(&mut client, &unreadable(error)).await;
+                    return client.close().await;
+                }
+                Next::TooSlow => {
+                    let what = "the head of the request";
+                    refuse_connection(&mut client, &ProxyError::RequestTimeout { what }).await;
+                    return client.close().await;
+                }
+            }
+            match self.exchange(&mut client, &head, client_ip).await {
+                After::KeepAlive => {}
+                After::Close => return client.close().await,
+                After::Abort { by_reset } => return client.abort(by_reset),
+            }
         }
-        if !headers.contains_key(X_REQUEST_ID) {
-            headers.insert(X_REQUEST_ID, request_id);
-        }
-        if let Some(origin) = origin {
-            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-            headers.append(header::VARY, HeaderValue::from_static("origin"));
-        }
-        response
     }
 
-    async fn dispatch(&self, request: Request<Incoming>, peer: Peer, request_id: &HeaderValue) -> Response<ProxyBody> {
-        let uri = request.uri().clone();
-        let target = paths::classify(request.method(), uri.path());
-        let dialect = dialect(uri.path(), request.headers());
-        if peer.smuggling {
-            let message = "the request says its length in two ways (Content-Length and Transfer-Encoding)".to_owned();
-            let mut response = own(ProxyError::BadRequest { code: "invalid_request", message }.response(dialect));
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            return response;
-        }
-        let refuse = |error: ProxyError, body: Incoming| async move {
-            discard(body).await;
-            own(error.response(dialect))
+    /// Serves one request.
+    async fn exchange<S: Transport>(&self, client: &mut Client<S>, head: &RequestHead, client_ip: IpAddr) -> After {
+        let id = RequestId::of(head);
+        let asked = Asked {
+            head,
+            id: &id,
+            client_ip,
+            dialect: dialect(head.path(), &head.lines),
+            origin: self.cors.allow(&head.lines),
+            // Whoever keeps a connection while the proxy shuts down would lose the request it sends just when it is closed.
+            keeps_alive: head.wants_keep_alive() && !self.admin.stopping.load(Ordering::Relaxed),
         };
-        match target {
-            Target::Own(page) if page.is_for_everybody() || !self.admin_elsewhere => own(self.admin.show(page).await),
-            Target::ModelList | Target::ModelObject(_) if request.method() == Method::OPTIONS => {
-                self.cors.preflight(&request)
+        let is_preflight = head.method == Method::OPTIONS;
+        let no_path = |message: &str| ProxyError::NoSuchPath { message: message.to_owned() }.response(asked.dialect);
+        let response = match paths::classify(&head.method, head.path()) {
+            Target::Forward { .. } if is_preflight && paths::model_in_query(head.query()).is_none() => {
+                self.cors.preflight(&asked)
             }
-            Target::ModelList => self.list_models(&request, dialect),
-            Target::ModelObject(id) => self.show_model(&id, dialect),
-            Target::Forward { below_v1 } => {
-                if request.method() == Method::OPTIONS && paths::model_in_query(uri.query()).is_none() {
-                    return self.cors.preflight(&request);
+            Target::Forward { below_v1 } => return self.forward(client, &asked, below_v1.is_some()).await,
+            Target::Own(page) if page.is_for_everybody() || !self.admin_elsewhere => {
+                match client.unless_gone(self.admin.show(page)).await {
+                    Ok(response) => response,
+                    Err(Gone) => return After::Abort { by_reset: false },
                 }
-                self.forward(request, below_v1, dialect, peer, request_id).await
             }
-            Target::Control => {
-                let message = "engines' control endpoints are not reachable through this proxy".to_owned();
-                refuse(ProxyError::NoSuchPath { message }, request.into_body()).await
-            }
+            Target::ModelList | Target::ModelObject(_) if is_preflight => self.cors.preflight(&asked),
+            Target::ModelList => self.list_models(&asked),
+            Target::ModelObject(id) => self.show_model(&id, asked.dialect),
+            Target::Control => no_path("engines' control endpoints are not reachable through this proxy"),
             Target::Stateful => {
-                let message =
-                    "this API keeps state that no single backend could answer for; it is not served".to_owned();
-                refuse(ProxyError::NoSuchPath { message }, request.into_body()).await
+                no_path("this API keeps state that no single backend could answer for; it is not served")
             }
             Target::Own(_) | Target::Unknown => {
-                let message = "no such path here; the API is under /v1, GET /v1/models lists its models".to_owned();
-                refuse(ProxyError::NoSuchPath { message }, request.into_body()).await
+                no_path("no such path here; the API is under /v1, GET /v1/models lists its models")
             }
-        }
+        };
+        respond(client, &asked, &response, BodyDecoder::new(head.framing)).await
     }
 
-    fn list_models(&self, request: &Request<Incoming>, dialect: Dialect) -> Response<ProxyBody> {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return own(ProxyError::MethodNotAllowed { allow: "GET, HEAD" }.response(dialect));
+    fn list_models(&self, asked: &Asked<'_>) -> Response<Bytes> {
+        if !matches!(asked.head.method, Method::GET | Method::HEAD) {
+            return ProxyError::MethodNotAllowed { allow: "GET, HEAD" }.response(asked.dialect);
         }
         let table = self.table.snapshot();
-        json(match dialect {
+        json(match asked.dialect {
             Dialect::OpenAi => table.openai_list(),
             Dialect::Anthropic => table.anthropic_list(),
         })
     }
 
-    fn show_model(&self, id: &str, dialect: Dialect) -> Response<ProxyBody> {
+    fn show_model(&self, id: &str, dialect: Dialect) -> Response<Bytes> {
         match (self.table.snapshot().object(id), dialect) {
             (Some(object), Dialect::OpenAi) => json(Bytes::copy_from_slice(object.json.get().as_bytes())),
             (Some(object), Dialect::Anthropic) => json(Bytes::from(object.to_anthropic().to_string())),
-            (None, dialect) => own(ProxyError::ModelNotFound { model: bounded(id) }.response(dialect)),
+            (None, dialect) => ProxyError::ModelNotFound { model: bounded(id) }.response(dialect),
         }
     }
 
     /// Routes one request by the model it names.
-    async fn forward(
-        &self,
-        request: Request<Incoming>,
-        below_v1: Option<&str>,
-        dialect: Dialect,
-        peer: Peer,
-        request_id: &HeaderValue,
-    ) -> Response<ProxyBody> {
-        let (mut head, body) = request.into_parts();
-        let mut exchange = Exchange::new(
-            head.method.clone(),
-            head.uri.clone(),
-            peer.ip,
-            request_id.clone(),
-            self.metrics.clone(),
-            self.access_log,
-        );
-        let reset = peer.reset;
-        let outcome = match self.read_model(&head, body).await {
-            Err((error, rest)) => {
-                discard(rest).await;
-                Err(error)
+    async fn forward<S: Transport>(&self, client: &mut Client<S>, asked: &Asked<'_>, below_v1: bool) -> After {
+        let mut exchange = Exchange::new(asked.head, asked.id, asked.client_ip, &self.metrics, self.access_log);
+        let mut replay = Replay::new(asked.head.framing, None, &self.limits);
+        match self.ask(client, asked, below_v1, &mut replay, &mut exchange).await {
+            Ok(answer) => self.relay(client, asked, answer, replay, exchange).await,
+            Err(NoAnswer::Gone) => {
+                exchange.end(Ending::ClientGone);
+                After::Abort { by_reset: false }
             }
-            Ok((replay, model)) => {
-                let client_version = head.version;
-                // HTTP/2 and absolute-form requests name the host in their target only.
-                if let Some(host) = head.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok()) {
-                    head.headers.insert(header::HOST, host);
-                }
-                if client_version == Version::HTTP_2 {
-                    headers::join_cookies(&mut head.headers);
-                }
-                // HTTP/1.0 knows no interim responses; over HTTP/2 they would need frames of their own.
-                let interim = (client_version == Version::HTTP_11).then_some(peer.interim);
-                let route = Outgoing { method: head.method, uri: head.uri, below_v1: below_v1.is_some(), interim };
-                headers::prepare_request(&mut head.headers, Client { ip: peer.ip }, request_id);
-                self.serve(&model, &route, head.headers, replay, &mut exchange)
-                    .await
-                    .map(|served| (served, client_version))
-            }
-        };
-        match outcome {
-            Ok((served, client_version)) => {
-                let reset = (client_version == Version::HTTP_10).then_some(reset);
-                self.relay(served, exchange, dialect, reset, request_id)
-            }
-            Err(error) => {
-                let response = own(error.response(dialect));
+            Err(NoAnswer::Error(error)) => {
+                let response = error.response(asked.dialect);
                 exchange.status = response.status().as_u16();
-                exchange.end(if error == ProxyError::ClientGone { Ending::ClientGone } else { Ending::Complete });
-                response
+                exchange.end(Ending::Complete);
+                respond(client, asked, &response, replay.into_rest()).await
             }
         }
     }
 
-    /// Reads the body as far as it takes to know the model.
-    async fn read_model(
+    /// Gets the head of an answer from some backend.
+    async fn ask<S: Transport>(
         &self,
-        head: &http::request::Parts,
-        body: Incoming,
-    ) -> Result<(Replay, String), (ProxyError, Option<Incoming>)> {
-        let in_query = paths::model_in_query(head.uri.query());
-        if body.is_end_stream() {
-            return match in_query {
-                Some(model) => Ok((Replay::empty(&self.limits), model)),
-                None => Err((self.body_error(BodyFault::Scan(ScanError::ModelMissing)), None)),
-            };
+        client: &mut Client<S>,
+        asked: &Asked<'_>,
+        below_v1: bool,
+        replay: &mut Replay,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Answer, NoAnswer> {
+        let head = asked.head;
+        let in_query = paths::model_in_query(head.query());
+        if matches!(head.framing, Framing::Length(length) if length > self.limits.max_body_bytes) {
+            return Err(self.body_error(BodyFault::TooLarge).into());
         }
-        if body.size_hint().lower() > self.limits.max_body_bytes {
-            // A client that waits for 100 has sent nothing that would have to be read first.
-            let rest = (!head.headers.contains_key(header::EXPECT)).then_some(body);
-            return Err((self.body_error(BodyFault::TooLarge), rest));
+        replay.look_for(self.scanner(head, in_query.is_some())?);
+        self.read_model(client, head, replay, in_query.is_some()).await?;
+        let in_flight = match replay.model().or(in_query.as_deref()) {
+            Some(model) => self.choose(model, &[], exchange)?,
+            None => return Err(self.body_error(BodyFault::Scan(ScanError::ModelMissing)).into()),
+        };
+        self.send(client, asked, below_v1, replay, exchange, in_flight).await
+    }
+
+    /// What looks for the routing key in the body, if anything does.
+    fn scanner(&self, head: &RequestHead, is_known: bool) -> Result<Option<ModelScanner>, ProxyError> {
+        if head.framing == Framing::Empty {
+            return Ok(None);
         }
-        let mut kinds = head.headers.get_all(header::CONTENT_TYPE).iter().map(HeaderValue::as_bytes);
+        let mut kinds = head.lines.all(Known::ContentType);
         let kind = kinds.next();
         if kinds.any(|other| Some(other) != kind) {
             // Servers differ in which one they believe, and so in which model they read.
             let message = "the request has two different Content-Type headers".to_owned();
-            return Err((ProxyError::BadRequest { code: "invalid_request", message }, Some(body)));
+            return Err(ProxyError::BadRequest { code: "invalid_request", message });
         }
-        let scanner = match (ModelScanner::for_content_type(kind), &in_query) {
-            // Raw bytes of any kind, with the model beside them.
-            (Ok(_) | Err(_), Some(_)) if kind.is_some_and(is_opaque) => None,
-            (Ok(scanner), _) => Some(scanner),
-            (Err(error), _) => return Err((self.body_error(error.into()), Some(body))),
-        };
-        Replay::read(body, scanner, in_query, &self.limits)
-            .await
-            .map_err(|(fault, rest)| (self.body_error(fault), Some(rest)))
+        // Raw bytes of any kind, with the model beside them.
+        if is_known && kind.is_some_and(is_opaque) {
+            return Ok(None);
+        }
+        ModelScanner::for_content_type(kind).map(Some).map_err(|error| self.body_error(error.into()))
     }
 
-    /// Gets the head of an answer from some backend that serves `model`, trying again elsewhere while that is safe.
-    async fn serve(
+    /// Reads the body as far as it takes to know the model.
+    async fn read_model<S: Transport>(
         &self,
-        model: &str,
-        route: &Outgoing,
-        headers: HeaderMap,
-        mut replay: Replay,
-        exchange: &mut Exchange,
-    ) -> Result<Served, ProxyError> {
+        client: &mut Client<S>,
+        head: &RequestHead,
+        replay: &mut Replay,
+        in_query: bool,
+    ) -> Result<(), NoAnswer> {
+        if head.expects_continue() && client.unread().is_empty() && !replay.is_over() {
+            client.outbox().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+        }
+        loop {
+            let (taken, kept) = replay.take_in(client.unread(), in_query);
+            client.take(taken);
+            kept.map_err(|fault| self.body_error(fault))?;
+            let is_known = match replay.is_scanned() {
+                true => replay.model().is_some(),
+                false => true,
+            };
+            if is_known || replay.is_over() {
+                client.expect_nothing();
+                return Ok(());
+            }
+            if client.more_body().await? == BodyWait::TooSlow {
+                return Err(ProxyError::RequestTimeout { what: "the body of the request" }.into());
+            }
+        }
+    }
+
+    /// Sends the request, trying again while that is safe.
+    async fn send<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        asked: &Asked<'_>,
+        below_v1: bool,
+        replay: &mut Replay,
+        exchange: &mut Exchange<'_>,
+        mut in_flight: InFlight,
+    ) -> Result<Answer, NoAnswer> {
         let mut tried: Vec<Arc<Backend>> = Vec::new();
-        let mut in_flight = self.choose(model, &tried, exchange)?;
         let mut fresh_only = false;
+        let upgrades = asked.head.asks_for_upgrade();
         loop {
             exchange.attempts += 1;
-            let Some(body) = replay.attempt() else {
-                return Err(ProxyError::ClientGone);
+            let backend = in_flight.backend();
+            let idle = if fresh_only { None } else { backend.upstream.lease_idle(exchange.started()) };
+            let leased = match idle {
+                Some(lease) => Ok(lease),
+                None => client.unless_gone(backend.upstream.lease_fresh()).await?,
             };
-            let backend = in_flight.backend().clone();
-            let failure =
-                match self.attempt(&backend, route, headers.clone(), body, fresh_only, exchange.started()).await {
-                    Ok((response, lease)) => {
-                        return Ok(Served { response, lease, in_flight });
+            let (what, stage) = match leased {
+                Err(error) => (What::Connect(error), Stage::Unanswered { reused: false }),
+                Ok(lease) => {
+                    let mut sent = Vec::with_capacity(1024);
+                    let to = ToBackend {
+                        base_path: Some(&*backend.spec.base_path).filter(|path| below_v1 && *path != "/v1"),
+                        authority: &backend.authority,
+                        client_ip: asked.client_ip,
+                        request_id: asked.id.as_bytes(),
+                        upgrades,
+                    };
+                    headers::push_request(&mut sent, asked.head, &to);
+                    let mut attempt = Attempt::new(lease, sent);
+                    let limit = self.head_limit();
+                    let mut timer = limit.map(|(limit, _)| Box::pin(sleep(limit)));
+                    let timer = timer.as_mut().map(|timer| timer.as_mut());
+                    match attempt.answer(client, replay, asked.head, upgrades, timer).await {
+                        Ok(head) => return Ok(Answer { head, attempt, in_flight }),
+                        Err(Stop::Gone) => return Err(NoAnswer::Gone),
+                        Err(Stop::Fault(fault)) => return Err(self.body_error(fault).into()),
+                        Err(Stop::TooSlow) => {
+                            return Err(ProxyError::RequestTimeout { what: "the body of the request" }.into());
+                        }
+                        Err(Stop::Failed(what, stage)) => (what, stage),
                     }
-                    Err(failure) => failure,
-                };
+                }
+            };
             tracing::debug!(
-                request_id = exchange.request_id(), container = %backend.spec.name, ?failure,
+                request_id = exchange.request_id(), container = %backend.spec.name, ?what, ?stage,
                 attempt = exchange.attempts, "attempt failed"
             );
-            let replayable = replay.recover().await.map_err(|fault| self.body_error(fault))?;
-            let give_up = failure.to_error(&backend, exchange.attempts);
-            if !replayable {
-                return Err(give_up);
-            }
-            match failure {
-                Failure::TimedOut { .. } | Failure::Nonsense | Failure::Broke { begun: true, .. } => {
-                    return Err(give_up);
-                }
-                // The connection was closed while it was idle: that says nothing about the backend.
-                Failure::Broke { reused: true, .. } => fresh_only = true,
-                Failure::Broke { reused: false, .. } | Failure::Connect(_) => {
-                    tried.push(backend);
+            let give_up = self.failure(what, backend, exchange.attempts);
+            match failure::judge(what, stage, replay.can_replay()).0 {
+                Action::SendAgain => fresh_only = true,
+                Action::Elsewhere => {
+                    tried.push(backend.clone());
                     let retries = u32::try_from(tried.len()).unwrap_or(u32::MAX);
                     if retries > self.retries {
-                        return Err(give_up);
+                        return Err(give_up.into());
                     }
-                    in_flight = self.choose(model, &tried, exchange).map_err(|_| give_up)?;
+                    let model = in_flight.model().clone();
+                    drop(in_flight);
+                    in_flight = self.choose(&model.id, &tried, exchange).map_err(|_| give_up)?;
                     fresh_only = false;
+                }
+                Action::BadGateway | Action::GatewayTimeout | Action::Refuse | Action::Cut | Action::Abandon => {
+                    return Err(give_up.into());
                 }
             }
         }
     }
 
     /// Claims a place on a member of the model's pool.
-    fn choose(&self, model: &str, tried: &[Arc<Backend>], exchange: &mut Exchange) -> Result<InFlight, ProxyError> {
+    fn choose(&self, model: &str, tried: &[Arc<Backend>], exchange: &mut Exchange<'_>) -> Result<InFlight, ProxyError> {
         let table = self.table.snapshot();
         let route = match table.lookup(model) {
             Lookup::Ready(route) => route,
@@ -394,50 +438,6 @@ impl Proxy {
         Ok(in_flight)
     }
 
-    /// Sends the request once and waits for the head of the answer.
-    async fn attempt(
-        &self,
-        backend: &Backend,
-        route: &Outgoing,
-        mut headers: HeaderMap,
-        body: AttemptBody,
-        fresh_only: bool,
-        started: Instant,
-    ) -> Result<(Response<Incoming>, Lease), Failure> {
-        headers.insert(header::HOST, backend.authority.clone());
-        let mut request = Request::new(body);
-        *request.method_mut() = route.method.clone();
-        *request.uri_mut() = route.uri_for(&backend.spec.base_path);
-        if request.body().size_hint().exact().is_none() && !headers.contains_key(header::CONTENT_LENGTH) {
-            // hyper would leave a body of unknown length out where the method seldom has one.
-            headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        }
-        *request.headers_mut() = headers;
-        if let Some(interim) = route.interim.clone() {
-            hyper::ext::on_informational(&mut request, move |hint| interim.send(hint.status(), hint.headers()));
-        }
-        let lease = match fresh_only {
-            true => backend.upstream.lease_fresh().await,
-            false => backend.upstream.lease(started).await,
-        };
-        let mut lease = lease.map_err(Failure::Connect)?;
-        let reused = lease.reused;
-        let answer = lease.send(request);
-        let answered = match self.head_limit() {
-            None => answer.await,
-            Some((limit, knob)) => match timeout(limit, answer).await {
-                Ok(answered) => answered,
-                Err(_) => return Err(Failure::TimedOut { limit, knob }),
-            },
-        };
-        match answered {
-            // Nobody asked to switch protocols.
-            Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => Err(Failure::Nonsense),
-            Ok(response) => Ok((response, lease)),
-            Err(_) => Err(Failure::Broke { reused, begun: lease.has_heard() }),
-        }
-    }
-
     /// The shorter of the limits that run until the head of an answer.
     fn head_limit(&self) -> Option<(Duration, &'static str)> {
         let first = self.first_byte_timeout.map(|limit| (limit, "PROXY_FIRST_BYTE_TIMEOUT"));
@@ -445,33 +445,112 @@ impl Proxy {
         first.into_iter().chain(idle).min_by_key(|(limit, _)| *limit)
     }
 
+    /// What the client is told when nothing more can be tried.
+    fn failure(&self, what: What, backend: &Backend, attempts: u32) -> ProxyError {
+        let name = backend.spec.name.clone();
+        let what = match (what, self.head_limit()) {
+            (What::TimedOut, Some((limit, knob))) => {
+                return ProxyError::BackendTimeout { backend: name, limit, knob };
+            }
+            (What::Connect(error), _) => error.what(),
+            (What::Nonsense, _) => "sent something that is no answer",
+            (What::Ended | What::TimedOut | What::ClientGone | What::ClientFault, _) => "closed the connection",
+        };
+        ProxyError::Backend { backend: name, what, attempts }
+    }
+
     /// Hands a backend's answer on.
-    fn relay(
+    async fn relay<S: Transport>(
         &self,
-        served: Served,
-        mut exchange: Exchange,
-        dialect: Dialect,
-        reset: Option<Arc<AtomicBool>>,
-        request_id: &HeaderValue,
-    ) -> Response<ProxyBody> {
-        let Served { response, lease, in_flight } = served;
-        let (mut head, body) = response.into_parts();
+        client: &mut Client<S>,
+        asked: &Asked<'_>,
+        answer: Answer,
+        mut replay: Replay,
+        mut exchange: Exchange<'_>,
+    ) -> After {
+        let Answer { head, mut attempt, in_flight } = answer;
+        attempt.forget_sent(&mut replay);
         exchange.status = head.status.as_u16();
-        headers::prepare_response(&mut head.headers, request_id, reset.is_some());
-        headers::hide_backend(&mut head.headers, &in_flight.backend().authority, &in_flight.backend().spec.base_path);
+        let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
+        let has_body = asked.head.method != Method::HEAD
+            && !matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+            && !upgraded;
+        let framing = if has_body { head.framing } else { Framing::Empty };
+        let delivery = Delivery::of(framing, asked.head.version);
+        let connection = match asked.persistence(delivery == Delivery::UntilClose) {
+            _ if upgraded => Persistence::Upgrade,
+            connection => connection,
+        };
+        let backend = in_flight.backend();
+        let to = ToClient {
+            framing: delivery,
+            request_id: asked.id.as_bytes(),
+            connection,
+            origin: asked.origin,
+            authority: &backend.authority,
+            base_path: &backend.spec.base_path,
+        };
+        headers::push_response(client.outbox(), &head, &to);
         // An event can be added only where the end is not announced and the bytes are not compressed.
-        let open_end =
-            !head.headers.contains_key(header::CONTENT_LENGTH) && !head.headers.contains_key(header::CONTENT_ENCODING);
-        let events = (open_end && headers::is_event_stream(&head.headers)).then_some(EventStream { dialect });
-        let ending = AbnormalEnd { events, reset };
-        head.version = Version::HTTP_11;
-        let relayed = Relayed::new(body, exchange, in_flight, lease, ending, self.idle_timeout);
-        Response::from_parts(head, ProxyBody::Relayed(Box::new(relayed)))
+        let can_add_events =
+            delivery != Delivery::AsIs && head.is_event_stream() && !head.lines.has(Known::ContentEncoding);
+        let reusable = head.reusable && !upgraded;
+        drop(head);
+        let mut relay = Relay::new(framing, delivery, self.idle_timeout);
+        let relayed = match upgraded {
+            true => tunnel::run(client, &mut attempt, &mut exchange).await,
+            false => relay.run(client, &mut attempt, &mut replay, &mut exchange).await,
+        };
+        match relayed {
+            Relayed::Complete => {
+                // The connection first: whoever sees the place free may want it.
+                if reusable && relay.is_clean() && attempt.is_sent(&replay) {
+                    attempt.lease.give_back(Instant::now());
+                } else {
+                    drop(attempt);
+                }
+                drop(in_flight);
+                exchange.end(Ending::Complete);
+                match connection {
+                    Persistence::Upgrade => After::Abort { by_reset: false },
+                    Persistence::Close => After::Close,
+                    Persistence::Unsaid | Persistence::KeepAlive => discard(client, replay.into_rest()).await,
+                }
+            }
+            Relayed::Gone => {
+                drop((attempt, in_flight));
+                exchange.end(Ending::ClientGone);
+                After::Abort { by_reset: false }
+            }
+            Relayed::Cut(why) => {
+                let event = can_add_events
+                    .then(|| broken_off(backend, &exchange).stream_event(asked.dialect, asked.head.path()));
+                tracing::warn!(
+                    container = %backend.spec.name, model = %in_flight.model().id, request_id = exchange.request_id(), %why,
+                    "answer cut"
+                );
+                drop((attempt, in_flight));
+                exchange.end(if why == Cut::Request { Ending::ClientBroke } else { Ending::BackendBroke });
+                if let Some(event) = event {
+                    match delivery {
+                        Delivery::Chunked => push_chunk(client.outbox(), &event),
+                        Delivery::AsIs | Delivery::UntilClose => client.outbox().extend_from_slice(&event),
+                    }
+                }
+                // What has come is sent; who does not take it now will not be told any better later.
+                let _ = timeout(LAST_WORDS_TIME, client.flush()).await;
+                After::Abort { by_reset: delivery == Delivery::UntilClose }
+            }
+        }
     }
 
     fn body_error(&self, fault: BodyFault) -> ProxyError {
         match fault {
             BodyFault::Scan(error) => ProxyError::BadRequest { code: error.code(), message: error.to_string() },
+            BodyFault::Framing(error) => ProxyError::BadRequest {
+                code: "invalid_request",
+                message: format!("the request's body is broken: {error}"),
+            },
             BodyFault::TooLarge => {
                 ProxyError::TooLarge { limit_bytes: self.limits.max_body_bytes, knob: "PROXY_MAX_BODY" }
             }
@@ -480,7 +559,6 @@ impl Proxy {
                 knob: "PROXY_HOLD_MAX; put `model` first in the body",
             },
             BodyFault::HoldFull => ProxyError::Overloaded { what: "too many request bodies are being held".to_owned() },
-            BodyFault::Broken => ProxyError::ClientGone,
         }
     }
 }
@@ -489,52 +567,15 @@ thread_local! {
     static RNG: std::cell::RefCell<fastrand::Rng> = std::cell::RefCell::new(fastrand::Rng::new());
 }
 
-/// A request as it goes out, to whichever backend.
-#[derive(Debug)]
-struct Outgoing {
-    method: Method,
-    uri: Uri,
-    /// Its path begins with `/v1`, which stands for the backend's base path.
-    below_v1: bool,
-    /// Where interim responses go.
-    interim: Option<Arc<Interim>>,
-}
+// === impl Asked ===
 
-/// The head of an answer, with what depends on its body.
-#[derive(Debug)]
-struct Served {
-    response: Response<Incoming>,
-    lease: Lease,
-    in_flight: InFlight,
-}
-
-impl Outgoing {
-    /// Path and query for a backend whose API is at `base_path`, in the client's own encoding.
-    fn uri_for(&self, base_path: &str) -> Uri {
-        let original = self.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-        let path_and_query = match original.as_str().strip_prefix("/v1").filter(|_| self.below_v1 && base_path != "/v1")
-        {
-            None => original,
-            Some(rest) => {
-                PathAndQuery::from_maybe_shared(Bytes::from(format!("{base_path}{rest}"))).unwrap_or(original)
-            }
-        };
-        let mut parts = http::uri::Parts::default();
-        parts.path_and_query = Some(path_and_query);
-        Uri::from_parts(parts).unwrap_or_default()
-    }
-}
-
-impl Failure {
-    fn to_error(self, backend: &Backend, attempts: u32) -> ProxyError {
-        let name = backend.spec.name.clone();
-        match self {
-            Failure::Connect(error) => ProxyError::Backend { backend: name, what: error.what(), attempts },
-            Failure::Broke { .. } => ProxyError::Backend { backend: name, what: "closed the connection", attempts },
-            Failure::Nonsense => {
-                ProxyError::Backend { backend: name, what: "sent something that is no answer", attempts }
-            }
-            Failure::TimedOut { limit, knob } => ProxyError::BackendTimeout { backend: name, limit, knob },
+impl Asked<'_> {
+    /// What is said of the client's connection. `ends_by_close`: only its end can end this answer.
+    fn persistence(&self, ends_by_close: bool) -> Persistence {
+        match self.head.version {
+            _ if ends_by_close || !self.keeps_alive => Persistence::Close,
+            Version::Http11 => Persistence::Unsaid,
+            Version::Http10 => Persistence::KeepAlive,
         }
     }
 }
@@ -543,27 +584,27 @@ impl Failure {
 
 impl Cors {
     /// The origin to allow, if this request's is.
-    fn allow(&self, headers: &HeaderMap) -> Option<HeaderValue> {
+    fn allow<'l>(&self, lines: &'l Lines) -> Option<&'l [u8]> {
         match self {
             Cors::Off => None,
-            Cors::Any => headers.get(header::ORIGIN).map(|_| HeaderValue::from_static("*")),
+            Cors::Any => lines.first(Known::Origin).map(|_| &b"*"[..]),
             Cors::Listed(origins) => {
-                let origin = headers.get(header::ORIGIN)?;
-                origins.iter().any(|allowed| origin == allowed.as_str()).then(|| origin.clone())
+                lines.first(Known::Origin).filter(|origin| origins.iter().any(|allowed| allowed.as_bytes() == *origin))
             }
         }
     }
 
     /// The answer to a preflight: what the browser asked about is allowed where its origin is.
-    fn preflight(&self, request: &Request<Incoming>) -> Response<ProxyBody> {
-        let mut response = Response::new(ProxyBody::Whole(None));
+    fn preflight(&self, asked: &Asked<'_>) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::new());
         *response.status_mut() = StatusCode::NO_CONTENT;
-        if self.allow(request.headers()).is_some() {
+        if asked.origin.is_some() {
             let headers = response.headers_mut();
             let methods = HeaderValue::from_static("GET, HEAD, POST, DELETE, OPTIONS");
             headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
-            if let Some(asked) = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
-                headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.clone());
+            let wanted = asked.head.lines.named("access-control-request-headers");
+            if let Some(wanted) = wanted.and_then(|value| HeaderValue::from_bytes(value).ok()) {
+                headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted);
             }
             headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
         }
@@ -571,12 +612,112 @@ impl Cors {
     }
 }
 
+// === the proxy's own answers ===
+
+/// Sends an answer of the proxy's own, then reads what is left of the request's body.
+async fn respond<S: Transport>(
+    client: &mut Client<S>,
+    asked: &Asked<'_>,
+    response: &Response<Bytes>,
+    body: BodyDecoder,
+) -> After {
+    // A client that waits for 100 has sent nothing, and may never.
+    let never_asked_for = asked.head.expects_continue() && !body.is_done() && client.unread().is_empty();
+    let mut connection = asked.persistence(false);
+    if never_asked_for {
+        connection = Persistence::Close;
+    }
+    push_own(client, response, asked.head.method == Method::HEAD, connection, Some(asked));
+    if client.flush().await.is_err() {
+        return After::Abort { by_reset: false };
+    }
+    match connection {
+        Persistence::Close => After::Close,
+        _ => discard(client, body).await,
+    }
+}
+
+/// Answers a client that sent no request that could be read.
+async fn refuse_connection<S: Transport>(client: &mut Client<S>, error: &ProxyError) {
+    push_own(client, &error.response(Dialect::OpenAi), false, Persistence::Close, None);
+}
+
+fn push_own<S: Transport>(
+    client: &mut Client<S>,
+    response: &Response<Bytes>,
+    is_head: bool,
+    connection: Persistence,
+    asked: Option<&Asked<'_>>,
+) {
+    let ours;
+    let id = match asked {
+        Some(asked) => asked.id.as_bytes(),
+        None => {
+            ours = RequestId::new();
+            ours.as_bytes()
+        }
+    };
+    let origin = asked.and_then(|asked| asked.origin);
+    let body = response.body();
+    headers::push_own(client.outbox(), response.status(), response.headers(), body.len(), id, connection, origin);
+    if !is_head {
+        client.outbox().extend_from_slice(body);
+    }
+}
+
+/// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
+async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) -> After {
+    if body.is_done() {
+        return After::KeepAlive;
+    }
+    let (bytes_max, time) = Client::<S>::discard_limits();
+    if body.left().is_some_and(|left| left > bytes_max) {
+        return After::Close;
+    }
+    let reading = async {
+        let mut left = bytes_max;
+        loop {
+            let unread = client.unread();
+            let Ok(decoded) = body.decode(unread) else { return After::Close };
+            let consumed = decoded.consumed;
+            client.take(consumed);
+            if body.is_done() {
+                return After::KeepAlive;
+            }
+            let Some(rest) = left.checked_sub(consumed as u64) else { return After::Close };
+            left = rest;
+            if client.unread().is_empty() && client.more_body().await.is_err() {
+                return After::Abort { by_reset: false };
+            }
+        }
+    };
+    timeout(time, reading).await.unwrap_or(After::Close)
+}
+
 // === helpers ===
 
+fn unreadable(error: HeadError) -> ProxyError {
+    let message = error.to_string();
+    match error {
+        HeadError::TooLarge | HeadError::TooManyLines => ProxyError::HeadTooLarge { message },
+        HeadError::Malformed(_) | HeadError::Ambiguous(_) | HeadError::Version => {
+            ProxyError::BadRequest { code: "invalid_request", message }
+        }
+    }
+}
+
+fn broken_off(backend: &Backend, exchange: &Exchange<'_>) -> ProxyError {
+    ProxyError::Backend {
+        backend: backend.spec.name.clone(),
+        what: "broke off its answer; nothing more of it will come",
+        attempts: exchange.attempts,
+    }
+}
+
 /// In whose shape this client reads errors.
-fn dialect(path: &str, headers: &HeaderMap) -> Dialect {
+fn dialect(path: &str, lines: &Lines) -> Dialect {
     let messages = path.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    if messages || headers.contains_key("anthropic-version") { Dialect::Anthropic } else { Dialect::OpenAi }
+    if messages || lines.has(Known::AnthropicVersion) { Dialect::Anthropic } else { Dialect::OpenAi }
 }
 
 /// Bytes that are neither JSON nor a form.
@@ -594,39 +735,8 @@ fn bounded(model: &str) -> String {
     }
 }
 
-fn new_request_id() -> HeaderValue {
-    let id = RNG.with_borrow_mut(|rng| rng.u128(..));
-    HeaderValue::try_from(format!("{id:032x}")).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
-}
-
-fn json(body: Bytes) -> Response<ProxyBody> {
-    let mut response = Response::new(ProxyBody::Whole(Some(body)));
+fn json(body: Bytes) -> Response<Bytes> {
+    let mut response = Response::new(body);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
-}
-
-fn own(response: Response<Bytes>) -> Response<ProxyBody> {
-    response.map(|bytes| ProxyBody::Whole(Some(bytes)))
-}
-
-/// Reads what is left of a body that nobody wants, within bounds: a client that is still sending when the connection is
-/// closed would see a reset instead of the answer.
-async fn discard(body: impl Into<Option<Incoming>>) {
-    let Some(mut body) = body.into() else { return };
-    if body.size_hint().lower() > DISCARD_BYTES {
-        return;
-    }
-    let reading = async {
-        let mut left = DISCARD_BYTES;
-        while !body.is_end_stream() {
-            match std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await {
-                Some(Ok(frame)) => match left.checked_sub(frame.data_ref().map_or(0, |data| data.len() as u64)) {
-                    Some(rest) => left = rest,
-                    None => return,
-                },
-                Some(Err(_)) | None => return,
-            }
-        }
-    };
-    let _ = timeout(DISCARD_TIME, reading).await;
 }

@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["replay", "lifecycle", "fetch"],
     &["discovery"],
     &["discovery::network", "discovery::signal", "discovery::vantage"],
-    &["scan", "labels", "telemetry"],
+    &["scan", "labels", "telemetry", "http1"],
     &["config", "error"],
 ];
 
@@ -35,9 +35,12 @@ const PURE: &[&str] = &[
     "discovery/vantage.rs",
     "labels.rs",
     "lifecycle.rs",
-    "listen/framing.rs",
+    "http1/body.rs",
+    "http1/head.rs",
+    "proxy/failure.rs",
     "proxy/headers.rs",
     "proxy/paths.rs",
+    "replay.rs",
     "scan/json.rs",
     "scan/mod.rs",
     "scan/multipart.rs",

@@ -1,0 +1,254 @@
+//! One attempt to have a request served: it is sent over one connection of one backend, until the head of an answer comes.
+//!
+//! Sending, waiting and watching the client go on at the same time, in the client's own task: a backend may answer before
+//! it has read everything, and a client may leave at any moment.
+
+use std::{
+    io::IoSlice,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use http::StatusCode;
+use tokio::time::Sleep;
+
+use super::{
+    client::{BodyWait, Client, Gone, Transport, with_scratch},
+    failure::{Stage, What},
+    headers,
+};
+use crate::{
+    http1::head::{HeadEnd, RequestHead, ResponseHead, Version},
+    replay::{AHEAD_BYTES_MAX, BodyFault, Cursor, Replay},
+    upstream::Lease,
+};
+
+/// Most bytes of an answer read at a time, and so the most that one stalled stream holds here.
+pub const ANSWER_READ_BYTES: usize = 32 * 1024;
+/// Most interim answers before the final one.
+const INTERIM_MAX: u32 = 64;
+/// Interim answers that a client has not read yet; more are dropped, they are hints.
+const INTERIM_BYTES_MAX: usize = 16 * 1024;
+
+/// A request on its way over one connection.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The connection.
+    pub lease: Lease,
+    /// The head, as it is sent.
+    head: Vec<u8>,
+    head_gone: usize,
+    cursor: Cursor,
+    /// What has come of the answer and has not been passed on.
+    pub inbound: Vec<u8>,
+    end: HeadEnd,
+    has_heard: bool,
+    /// The backend takes no more of the request. It may have answered all the same.
+    write_failed: bool,
+    interim_left: u32,
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum Stop {
+    /// The backend failed, or ran out of time.
+    Failed(What, Stage),
+    /// The client left.
+    Gone,
+    /// The request's body cannot be passed on.
+    Fault(BodyFault),
+    /// The request's body stands still.
+    TooSlow,
+}
+
+impl From<Gone> for Stop {
+    fn from(Gone: Gone) -> Stop {
+        Stop::Gone
+    }
+}
+
+impl From<BodyFault> for Stop {
+    fn from(fault: BodyFault) -> Stop {
+        Stop::Fault(fault)
+    }
+}
+
+impl Attempt {
+    /// A request with this head, about to be sent over `lease`.
+    pub fn new(lease: Lease, head: Vec<u8>) -> Attempt {
+        Attempt {
+            lease,
+            head,
+            head_gone: 0,
+            cursor: Cursor::default(),
+            inbound: Vec::new(),
+            end: HeadEnd::default(),
+            has_heard: false,
+            write_failed: false,
+            interim_left: INTERIM_MAX,
+        }
+    }
+
+    fn stage(&self) -> Stage {
+        if self.has_heard { Stage::Begun } else { Stage::Unanswered { reused: self.lease.reused } }
+    }
+
+    /// Sends, and waits for the head of the answer.
+    ///
+    /// # Errors
+    /// There will be none on this connection.
+    pub async fn answer<S: Transport>(
+        &mut self,
+        client: &mut Client<S>,
+        replay: &mut Replay,
+        request: &RequestHead,
+        upgrades: bool,
+        mut timer: Option<Pin<&mut Sleep>>,
+    ) -> Result<ResponseHead, Stop> {
+        std::future::poll_fn(|cx| {
+            self.lease.use_in(cx);
+            loop {
+                if self.lease.is_cut() {
+                    return Poll::Ready(Err(Stop::Failed(What::Ended, self.stage())));
+                }
+                if let Poll::Ready(Err(Gone)) = client.poll_flush(cx) {
+                    return Poll::Ready(Err(Stop::Gone));
+                }
+                if let Err(stop) = self.poll_upload(cx, client, replay) {
+                    return Poll::Ready(Err(stop));
+                }
+                match self.poll_head(cx) {
+                    Poll::Pending => break,
+                    Poll::Ready(Err(what)) => return Poll::Ready(Err(Stop::Failed(what, self.stage()))),
+                    Poll::Ready(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
+                        return Poll::Ready(if upgrades {
+                            Ok(head)
+                        } else {
+                            Err(Stop::Failed(What::Nonsense, self.stage()))
+                        });
+                    }
+                    Poll::Ready(Ok(head)) if head.status.is_informational() => {
+                        let Some(left) = self.interim_left.checked_sub(1) else {
+                            return Poll::Ready(Err(Stop::Failed(What::Nonsense, self.stage())));
+                        };
+                        self.interim_left = left;
+                        // The client was told to go on by the proxy, and HTTP/1.0 knows no interim answers.
+                        let passes = head.status != StatusCode::CONTINUE && request.version == Version::Http11;
+                        if passes && client.outbox().len() < INTERIM_BYTES_MAX {
+                            headers::push_interim(client.outbox(), &head);
+                        }
+                    }
+                    Poll::Ready(Ok(head)) => return Poll::Ready(Ok(head)),
+                }
+            }
+            if replay.is_over() && client.poll_gone(cx).is_ready() {
+                return Poll::Ready(Err(Stop::Gone));
+            }
+            match timer.as_mut().map(|timer| timer.as_mut().poll(cx)) {
+                Some(Poll::Ready(())) => Poll::Ready(Err(Stop::Failed(What::TimedOut, self.stage()))),
+                Some(Poll::Pending) | None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    /// Sends what can be sent, and takes in more of the body as long as the backend keeps up.
+    ///
+    /// # Errors
+    /// The client left, or its body is no good.
+    pub fn poll_upload<S: Transport>(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut Client<S>,
+        replay: &mut Replay,
+    ) -> Result<(), Stop> {
+        loop {
+            self.poll_write(cx, replay);
+            if replay.is_over() {
+                return Ok(());
+            }
+            if self.write_failed || replay.unsent_bytes(self.cursor) >= AHEAD_BYTES_MAX {
+                // Nothing can be done with more of it; but whether its sender is still there matters.
+                client.expect_nothing();
+                return if client.poll_gone(cx).is_ready() { Err(Stop::Gone) } else { Ok(()) };
+            }
+            if client.unread().is_empty() {
+                match client.poll_body(cx) {
+                    Poll::Pending => return Ok(()),
+                    Poll::Ready(Err(Gone)) => return Err(Stop::Gone),
+                    Poll::Ready(Ok(BodyWait::TooSlow)) => return Err(Stop::TooSlow),
+                    Poll::Ready(Ok(BodyWait::More)) => {}
+                }
+            }
+            let (taken, kept) = replay.take_in(client.unread(), true);
+            client.take(taken);
+            kept?;
+            if replay.is_over() { client.expect_nothing() } else { client.expect_body() }
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, replay: &mut Replay) {
+        const SLICES: usize = 8;
+        while !self.write_failed {
+            let head = &self.head[self.head_gone..];
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let mut filled = 0;
+            if !head.is_empty() {
+                slices[0] = IoSlice::new(head);
+                filled = 1;
+            }
+            filled += replay.unsent(self.cursor, &mut slices[filled..]);
+            if filled == 0 {
+                return;
+            }
+            let of_head = head.len();
+            match self.lease.poll_write(cx, &slices[..filled]) {
+                Poll::Pending => return,
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    self.head_gone += n.min(of_head);
+                    replay.advance(&mut self.cursor, n.saturating_sub(of_head));
+                }
+                Poll::Ready(_) => self.write_failed = true,
+            }
+        }
+    }
+
+    /// The next head that the backend sends.
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, What>> {
+        loop {
+            match self.end.find(&self.inbound) {
+                Err(_) => return Poll::Ready(Err(What::Nonsense)),
+                Ok(None) => {}
+                Ok(Some(length)) => {
+                    let head = ResponseHead::read(&self.inbound[..length]).map_err(|_| What::Nonsense);
+                    self.inbound.drain(..length);
+                    return Poll::Ready(head);
+                }
+            }
+            let Attempt { lease, inbound, .. } = self;
+            let read = with_scratch(|scratch| {
+                lease.poll_read(cx, &mut scratch[..ANSWER_READ_BYTES]).map_ok(|n| {
+                    inbound.extend_from_slice(&scratch[..n]);
+                    n
+                })
+            });
+            match read {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(n)) if n > 0 => self.has_heard = true,
+                Poll::Ready(_) => return Poll::Ready(Err(What::Ended)),
+            }
+        }
+    }
+
+    /// The answer has begun: there will be no other attempt.
+    pub fn forget_sent(&mut self, replay: &mut Replay) {
+        self.head = Vec::new();
+        self.head_gone = 0;
+        replay.forget_sent(self.cursor);
+    }
+
+    /// The whole request has been sent.
+    pub fn is_sent(&self, replay: &Replay) -> bool {
+        !self.write_failed && self.head_gone == self.head.len() && replay.is_sent(self.cursor)
+    }
+}

@@ -1,0 +1,419 @@
+//! A client's connection: what has come and is not yet read, what is to be sent and is not yet gone.
+//!
+//! While nothing waits, a connection holds no buffer: bytes are read into one that all connections of a thread share, and
+//! only what must be kept is copied out of it. That, and not the speed of copying, is what makes ten thousand open streams
+//! cheap.
+
+use std::{
+    cell::RefCell,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    time::{Instant, Sleep, sleep_until},
+};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+
+use crate::http1::head::{HeadEnd, HeadError, RequestHead};
+
+/// Most bytes read at a time.
+pub const READ_BYTES: usize = 64 * 1024;
+/// Most bytes that are taken in from a client whose turn it is not: of a request sent behind the one being served, or of a
+/// body that its backend does not read yet. Past it the client has to wait, and nobody notices if it leaves.
+const AHEAD_BYTES_MAX: usize = 16 * 1024;
+/// Time for idling between requests. Longer than front proxies keep idle connections (Traefik: 90 s), so that it is they
+/// who close: a request sent into a connection that is just being closed is lost.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Time for a request's head, from its first byte.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a body may stand still. However long it takes in all is the client's business.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a head that has begun may take while the proxy shuts down.
+const HEAD_TIMEOUT_AT_SHUTDOWN: Duration = Duration::from_secs(1);
+/// How much is read of what nobody wants, so that the client gets to see the answer instead of a reset.
+const DISCARD_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// For how long.
+const DISCARD_TIME: Duration = Duration::from_secs(2);
+/// Buffers larger than this are given back when they are empty.
+const KEPT_BYTES_MAX: usize = 4 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into_boxed_slice());
+}
+
+/// Lends the buffer that all connections of this thread read into.
+pub fn with_scratch<R>(use_it: impl FnOnce(&mut [u8]) -> R) -> R {
+    SCRATCH.with_borrow_mut(|scratch| use_it(scratch))
+}
+
+/// What a client's connection runs over.
+pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// The end of the connection must not look like the end of an answer: make it a reset.
+    fn reset_on_close(&self);
+}
+
+impl Transport for TcpStream {
+    fn reset_on_close(&self) {
+        // Closing a socket that must not linger resets it.
+        let _ = socket2::SockRef::from(self).set_linger(Some(Duration::ZERO));
+    }
+}
+
+impl Transport for tokio::io::DuplexStream {
+    fn reset_on_close(&self) {}
+}
+
+/// One client's connection.
+#[derive(Debug)]
+pub struct Client<S> {
+    io: S,
+    /// Come, and read up to `read`.
+    inbox: Vec<u8>,
+    read: usize,
+    /// To be sent, and gone up to `gone`.
+    outbox: Vec<u8>,
+    gone: usize,
+    deadline: Deadline,
+    closing: Closing,
+    has_left: bool,
+}
+
+/// The client has closed its connection, or it broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gone;
+
+/// What comes next on a connection.
+#[derive(Debug)]
+pub enum Next {
+    /// A request, whose head has been read.
+    Request,
+    /// Nothing: the client has left, stays silent, or is told to go elsewhere because the proxy is shutting down.
+    End,
+    /// Something that is no request.
+    Nonsense(HeadError),
+    /// A head that takes too long.
+    TooSlow,
+}
+
+/// A point in time that may be moved often and is seldom reached: moving it later costs nothing.
+#[derive(Debug)]
+struct Deadline {
+    at: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+    is_armed: bool,
+}
+
+/// Tells a connection that it should come to its end, because the proxy shuts down.
+#[derive(Debug)]
+pub struct Closing {
+    has_begun: Arc<AtomicBool>,
+    /// Wakes the connection's task; until it has been polled for the first time it does not.
+    signal: Pin<Box<WaitForCancellationFutureOwned>>,
+    is_watched: bool,
+}
+
+// === impl Client ===
+
+impl<S: Transport> Client<S> {
+    /// The connection `io`, of which `first` has been read already. `closing` tells when it should come to its end.
+    pub fn new(io: S, first: Vec<u8>, closing: Closing) -> Client<S> {
+        Client {
+            io,
+            inbox: first,
+            read: 0,
+            outbox: Vec::new(),
+            gone: 0,
+            deadline: Deadline { at: None, timer: Box::pin(sleep_until(Instant::now())), is_armed: false },
+            closing,
+            has_left: false,
+        }
+    }
+
+    // --- reading ---
+
+    /// What has come and has not been taken.
+    pub fn unread(&self) -> &[u8] {
+        &self.inbox[self.read..]
+    }
+
+    /// Takes the first `n` bytes of what has come.
+    pub fn take(&mut self, n: usize) {
+        self.read += n;
+        debug_assert!(self.read <= self.inbox.len(), "only what has come can be taken");
+        if self.read == self.inbox.len() {
+            clear(&mut self.inbox, &mut self.read);
+        }
+    }
+
+    /// Reads once.
+    pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+        let Client { io, inbox, read, .. } = self;
+        let filled = with_scratch(|scratch| {
+            let mut buf = ReadBuf::new(scratch);
+            match ready!(Pin::new(io).poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => {
+                    if *read > 0 {
+                        inbox.drain(..*read);
+                        *read = 0;
+                    }
+                    inbox.extend_from_slice(buf.filled());
+                    Poll::Ready(Ok(()))
+                }
+                Ok(()) | Err(_) => Poll::Ready(Err(Gone)),
+            }
+        });
+        self.has_left |= filled == Poll::Ready(Err(Gone));
+        filled
+    }
+
+    /// Reads ahead of what is being served, to notice if the client leaves. Never ready otherwise.
+    pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Gone> {
+        while self.unread().len() < AHEAD_BYTES_MAX {
+            match ready!(self.poll_fill(cx)) {
+                Ok(()) => {}
+                Err(gone) => return Poll::Ready(gone),
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Waits for `future`, unless the client leaves before it is done.
+    ///
+    /// # Errors
+    /// The client has left.
+    pub async fn unless_gone<F: Future>(&mut self, future: F) -> Result<F::Output, Gone> {
+        tokio::pin!(future);
+        std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Ok(output)),
+            Poll::Pending => self.poll_gone(cx).map(Err),
+        })
+        .await
+    }
+
+    /// Reads the head of the next request into `head`.
+    pub async fn next(&mut self, head: &mut RequestHead) -> Next {
+        let mut end = HeadEnd::default();
+        let mut begun = !self.unread().is_empty();
+        self.deadline.at = Some(Instant::now() + if begun { HEAD_TIMEOUT } else { IDLE_TIMEOUT });
+        loop {
+            match end.find(self.unread()) {
+                Ok(Some(length)) => {
+                    self.deadline.at = None;
+                    let read = head.read(&self.inbox[self.read..][..length]);
+                    self.take(length);
+                    return read.map_or_else(Next::Nonsense, |()| Next::Request);
+                }
+                Ok(None) => {}
+                Err(error) => return Next::Nonsense(error),
+            }
+            let waited = std::future::poll_fn(|cx| {
+                if let Poll::Ready(filled) = self.poll_fill(cx) {
+                    return Poll::Ready(filled.map_err(|Gone| Next::End));
+                }
+                if self.closing.poll_begun(cx) {
+                    if !begun {
+                        return Poll::Ready(Err(Next::End));
+                    }
+                    self.deadline.no_later_than(Instant::now() + HEAD_TIMEOUT_AT_SHUTDOWN);
+                }
+                match self.deadline.poll(cx) {
+                    Poll::Ready(()) => Poll::Ready(Err(if begun { Next::TooSlow } else { Next::End })),
+                    Poll::Pending => Poll::Pending,
+                }
+            });
+            if let Err(end) = waited.await {
+                return end;
+            }
+            if !std::mem::replace(&mut begun, true) {
+                self.deadline.at = Some(Instant::now() + HEAD_TIMEOUT);
+            }
+        }
+    }
+
+    /// Waits for more of a request's body, having sent all that is to be sent.
+    ///
+    /// # Errors
+    /// The client has left.
+    pub async fn more_body(&mut self) -> Result<BodyWait, Gone> {
+        self.expect_body();
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(Err(gone)) = self.poll_flush(cx) {
+                return Poll::Ready(Err(gone));
+            }
+            self.poll_body(cx)
+        })
+        .await
+    }
+
+    /// From now on the client is expected to go on with its body.
+    pub fn expect_body(&mut self) {
+        self.deadline.at = Some(Instant::now() + BODY_TIMEOUT);
+    }
+
+    /// The client is not expected to send anything.
+    pub fn expect_nothing(&mut self) {
+        self.deadline.at = None;
+    }
+
+    /// More of a request's body has come, or it takes too long.
+    pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<BodyWait, Gone>> {
+        match self.poll_fill(cx) {
+            Poll::Ready(filled) => Poll::Ready(filled.map(|()| BodyWait::More)),
+            Poll::Pending => self.deadline.poll(cx).map(|()| Ok(BodyWait::TooSlow)),
+        }
+    }
+
+    // --- writing ---
+
+    /// Where to put what is to be sent.
+    pub fn outbox(&mut self) -> &mut Vec<u8> {
+        &mut self.outbox
+    }
+
+    /// Something waits to be sent.
+    pub fn has_unsent(&self) -> bool {
+        self.gone < self.outbox.len()
+    }
+
+    /// Sends what waits to be sent.
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+        while self.gone < self.outbox.len() {
+            match ready!(Pin::new(&mut self.io).poll_write(cx, &self.outbox[self.gone..])) {
+                Ok(n) if n > 0 => self.gone += n,
+                Ok(_) | Err(_) => {
+                    self.has_left = true;
+                    return Poll::Ready(Err(Gone));
+                }
+            }
+        }
+        if self.gone > 0 {
+            clear(&mut self.outbox, &mut self.gone);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends these bytes behind what waits to be sent; keeps what cannot be sent now.
+    pub fn poll_send(&mut self, cx: &mut Context<'_>, mut bytes: &[u8]) -> Result<(), Gone> {
+        if !self.has_unsent() {
+            while !bytes.is_empty() {
+                match Pin::new(&mut self.io).poll_write(cx, bytes) {
+                    Poll::Ready(Ok(n)) if n > 0 => bytes = &bytes[n..],
+                    Poll::Ready(_) => {
+                        self.has_left = true;
+                        return Err(Gone);
+                    }
+                    Poll::Pending => break,
+                }
+            }
+        }
+        self.outbox.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Sends all that waits to be sent.
+    ///
+    /// # Errors
+    /// The client has left.
+    pub async fn flush(&mut self) -> Result<(), Gone> {
+        std::future::poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    // --- the end ---
+
+    /// Ends the connection in an orderly way: the client gets all that was sent to it, even if it is still sending.
+    pub async fn close(mut self) {
+        let closing = async {
+            self.flush().await?;
+            std::future::poll_fn(|cx| Pin::new(&mut self.io).poll_shutdown(cx)).await.map_err(|_| Gone)?;
+            let mut left = DISCARD_BYTES_MAX;
+            loop {
+                let unread = self.unread().len();
+                self.take(unread);
+                left = left.saturating_sub(unread as u64);
+                if left == 0 || self.has_left {
+                    return Ok(());
+                }
+                std::future::poll_fn(|cx| self.poll_fill(cx)).await?;
+            }
+        };
+        let _: Result<Result<(), Gone>, _> = tokio::time::timeout(DISCARD_TIME, closing).await;
+    }
+
+    /// Ends the connection at once, and not cleanly if that could be taken for the end of an answer.
+    pub fn abort(self, by_reset: bool) {
+        if by_reset {
+            self.io.reset_on_close();
+        }
+    }
+
+    /// Bounds for reading what nobody wants.
+    pub fn discard_limits() -> (u64, Duration) {
+        (DISCARD_BYTES_MAX, DISCARD_TIME)
+    }
+
+    /// Both directions of the connection, for what is no longer HTTP.
+    pub fn io(&mut self) -> &mut S {
+        &mut self.io
+    }
+}
+
+/// What waiting for more of a body came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyWait {
+    /// More has come.
+    More,
+    /// It has stood still for too long.
+    TooSlow,
+}
+
+fn clear(buffer: &mut Vec<u8>, position: &mut usize) {
+    *position = 0;
+    if buffer.capacity() > KEPT_BYTES_MAX { *buffer = Vec::new() } else { buffer.clear() }
+}
+
+// === impl Deadline ===
+
+impl Deadline {
+    fn no_later_than(&mut self, at: Instant) {
+        if self.at.is_none_or(|before| before > at) {
+            self.at = Some(at);
+        }
+    }
+
+    /// Ready once the point in time has been reached. Always to be polled by the same task.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(at) = self.at else { return Poll::Pending };
+        // The timer wakes the task by itself, early if the point has moved since: there is nothing to do until then.
+        if self.is_armed && !self.timer.is_elapsed() && self.timer.deadline() <= at {
+            return Poll::Pending;
+        }
+        self.timer.as_mut().reset(at);
+        self.is_armed = true;
+        self.timer.as_mut().poll(cx)
+    }
+}
+
+// === impl Closing ===
+
+impl Closing {
+    /// `has_begun` is set before `signal` resolves.
+    pub fn new(has_begun: Arc<AtomicBool>, signal: WaitForCancellationFutureOwned) -> Closing {
+        Closing { has_begun, signal: Box::pin(signal), is_watched: false }
+    }
+
+    /// Whether it has begun; if not, the task is woken when it does. Always to be polled by the same task.
+    fn poll_begun(&mut self, cx: &mut Context<'_>) -> bool {
+        if !std::mem::replace(&mut self.is_watched, true) {
+            return self.signal.as_mut().poll(cx).is_ready();
+        }
+        self.has_begun.load(Relaxed)
+    }
+}

@@ -1,0 +1,257 @@
+//! An answer on its way to the client: bytes pass as they come; what they mean is only looked at.
+//!
+//! A chunk that was read in one piece is sent in one piece, framing and all. What ends abnormally at the backend ends
+//! abnormally at the client, after an event that says so where the answer is a stream of events.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::{
+    attempt::{ANSWER_READ_BYTES, Attempt, Stop},
+    client::{Client, Gone, Transport, with_scratch},
+    headers::Delivery,
+};
+use crate::{
+    http1::body::{BodyDecoder, Framing, FramingError, LAST_CHUNK, push_chunk, push_last_chunk},
+    replay::Replay,
+};
+
+/// What watches an answer go by.
+pub trait Watch {
+    /// A stretch of payload, on its way.
+    fn payload(&mut self, payload: &[u8]);
+}
+
+/// An answer's body on its way.
+#[derive(Debug)]
+pub struct Relay {
+    decoder: BodyDecoder,
+    /// The backend sends it in chunks.
+    is_chunked: bool,
+    delivery: Delivery,
+    /// The backend sent more than its answer.
+    has_surplus: bool,
+    silence: Option<Silence>,
+}
+
+/// Watches for silence, where that is asked for.
+#[derive(Debug)]
+struct Silence {
+    limit: Duration,
+    timer: Pin<Box<Sleep>>,
+}
+
+/// Why a transfer was cut. The client sees it as an abnormal end, never as a clean one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Cut {
+    /// The backend's connection ended.
+    #[error("its connection ended")]
+    Ended,
+    /// The backend was stopped, or drained for too long.
+    #[error("it was stopped")]
+    Stopped,
+    /// The framing of the answer broke.
+    #[error(transparent)]
+    Framing(#[from] FramingError),
+    /// The backend fell silent for longer than `PROXY_IDLE_TIMEOUT`.
+    #[error("it sent nothing for {0:?} (PROXY_IDLE_TIMEOUT)")]
+    Silent(Duration),
+    /// The client's body turned out to be wrong while it was being answered.
+    #[error("the request's body turned out to be wrong")]
+    Request,
+}
+
+/// How the relaying of an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relayed {
+    /// All of it has been sent.
+    Complete,
+    /// It was cut.
+    Cut(Cut),
+    /// The client left.
+    Gone,
+}
+
+impl Relay {
+    /// A relay for a body with this framing, for a client that is told of it by `delivery`.
+    pub fn new(framing: Framing, delivery: Delivery, idle_timeout: Option<Duration>) -> Relay {
+        Relay {
+            decoder: BodyDecoder::new(framing),
+            is_chunked: framing == Framing::Chunked,
+            delivery,
+            has_surplus: false,
+            silence: idle_timeout.map(|limit| Silence { limit, timer: Box::pin(sleep(limit)) }),
+        }
+    }
+
+    /// The connection can carry another request, as far as the answer is concerned.
+    pub fn is_clean(&self) -> bool {
+        self.decoder.is_done() && !self.has_surplus
+    }
+
+    /// Relays to the end, whatever end that is. What is left of the request goes on being sent meanwhile.
+    pub async fn run<S: Transport>(
+        &mut self,
+        client: &mut Client<S>,
+        attempt: &mut Attempt,
+        replay: &mut Replay,
+        watch: &mut impl Watch,
+    ) -> Relayed {
+        std::future::poll_fn(|cx| self.poll(cx, client, attempt, replay, watch)).await
+    }
+
+    fn poll<S: Transport>(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut Client<S>,
+        attempt: &mut Attempt,
+        replay: &mut Replay,
+        watch: &mut impl Watch,
+    ) -> Poll<Relayed> {
+        loop {
+            if attempt.lease.is_cut() {
+                return Poll::Ready(Relayed::Cut(Cut::Stopped));
+            }
+            if !attempt.inbound.is_empty() {
+                // What came together with the head goes out together with it.
+                let inbound = std::mem::take(&mut attempt.inbound);
+                if let Err(ended) = self.pass(cx, client, &inbound, watch) {
+                    return Poll::Ready(ended);
+                }
+            }
+            match client.poll_flush(cx) {
+                Poll::Ready(Ok(())) if self.decoder.is_done() => return Poll::Ready(Relayed::Complete),
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(Gone)) => return Poll::Ready(Relayed::Gone),
+                // Nothing more is read from the backend until the client has taken what there is.
+                Poll::Pending => return poll_client(cx, client, attempt, replay),
+            }
+            match self.poll_backend(cx, client, attempt, watch) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(ended)) => return Poll::Ready(ended),
+                Poll::Pending => {
+                    if let Poll::Ready(ended) = poll_client(cx, client, attempt, replay) {
+                        return Poll::Ready(ended);
+                    }
+                    let Some(silence) = &mut self.silence else { return Poll::Pending };
+                    ready!(silence.timer.as_mut().poll(cx));
+                    return Poll::Ready(Relayed::Cut(Cut::Silent(silence.limit)));
+                }
+            }
+        }
+    }
+
+    /// Reads once from the backend and passes that on.
+    fn poll_backend<S: Transport>(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut Client<S>,
+        attempt: &mut Attempt,
+        watch: &mut impl Watch,
+    ) -> Poll<Result<(), Relayed>> {
+        with_scratch(|scratch| {
+            Poll::Ready(match ready!(attempt.lease.poll_read(cx, &mut scratch[..ANSWER_READ_BYTES])) {
+                Ok(n) if n > 0 => {
+                    if let Some(silence) = &mut self.silence {
+                        silence.timer.as_mut().reset(Instant::now() + silence.limit);
+                    }
+                    self.pass(cx, client, &scratch[..n], watch)
+                }
+                Ok(_) if self.decoder.may_end_by_close() && !attempt.lease.is_cut() => {
+                    self.decoder = BodyDecoder::new(Framing::Empty);
+                    // The connection is over, too.
+                    self.has_surplus = true;
+                    if self.delivery == Delivery::Chunked {
+                        client.outbox().extend_from_slice(LAST_CHUNK);
+                    }
+                    Ok(())
+                }
+                Ok(_) | Err(_) => Err(Relayed::Cut(Cut::Ended)),
+            })
+        })
+    }
+
+    /// Passes on what the backend has sent.
+    fn pass<S: Transport>(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut Client<S>,
+        bytes: &[u8],
+        watch: &mut impl Watch,
+    ) -> Result<(), Relayed> {
+        let before = self.decoder.clone();
+        let mut consumed = 0;
+        let mut last_payload: &[u8] = &[];
+        let followed = loop {
+            if consumed == bytes.len() || self.decoder.is_done() {
+                break Ok(());
+            }
+            match self.decoder.decode(&bytes[consumed..]) {
+                Ok(decoded) => {
+                    consumed += decoded.consumed;
+                    if !decoded.payload.is_empty() {
+                        watch.payload(decoded.payload);
+                        last_payload = decoded.payload;
+                    }
+                }
+                Err(error) => break Err(Relayed::Cut(error.into())),
+            }
+        };
+        self.has_surplus |= consumed < bytes.len();
+        let whole_chunks = self.is_chunked && before.is_between_chunks() && self.decoder.is_between_chunks();
+        let sent = match self.delivery {
+            Delivery::Chunked if whole_chunks && followed.is_ok() => client.poll_send(cx, &bytes[..consumed]),
+            // Without framing between, there is one stretch of payload.
+            Delivery::AsIs => client.poll_send(cx, last_payload),
+            Delivery::UntilClose if !self.is_chunked => client.poll_send(cx, last_payload),
+            Delivery::Chunked | Delivery::UntilClose => {
+                self.reframe(before, client.outbox(), &bytes[..consumed]);
+                Ok(())
+            }
+        };
+        sent.map_err(|Gone| Relayed::Gone)?;
+        followed
+    }
+
+    /// Writes anew what does not begin and end with a chunk: what has been sent must always be whole chunks, so that an
+    /// error event can be put behind them.
+    fn reframe(&self, mut decoder: BodyDecoder, out: &mut Vec<u8>, bytes: &[u8]) {
+        let mut at = 0;
+        while at < bytes.len() {
+            let Ok(decoded) = decoder.decode(&bytes[at..]) else { return };
+            at += decoded.consumed;
+            match self.delivery {
+                Delivery::Chunked => push_chunk(out, decoded.payload),
+                Delivery::AsIs | Delivery::UntilClose => out.extend_from_slice(decoded.payload),
+            }
+        }
+        if self.is_chunked && self.delivery == Delivery::Chunked && decoder.is_done() {
+            push_last_chunk(out, decoder.trailers());
+        }
+    }
+}
+
+/// Goes on sending the request while its answer comes, and notices if the client leaves.
+fn poll_client<S: Transport>(
+    cx: &mut Context<'_>,
+    client: &mut Client<S>,
+    attempt: &mut Attempt,
+    replay: &mut Replay,
+) -> Poll<Relayed> {
+    if !replay.is_over() || !attempt.is_sent(replay) {
+        match attempt.poll_upload(cx, client, replay) {
+            Ok(()) => {}
+            Err(Stop::Gone) => return Poll::Ready(Relayed::Gone),
+            Err(Stop::Fault(_) | Stop::TooSlow | Stop::Failed(..)) => return Poll::Ready(Relayed::Cut(Cut::Request)),
+        }
+    }
+    match replay.is_over() {
+        true => client.poll_gone(cx).map(|Gone| Relayed::Gone),
+        false => Poll::Pending,
+    }
+}
