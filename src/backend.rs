@@ -223,6 +223,11 @@ impl InFlight {
         &self.member.backend
     }
 
+    /// The backend as the server of that model.
+    pub fn member(&self) -> &Arc<Member> {
+        &self.member
+    }
+
     /// The model it serves.
     pub fn model(&self) -> &Arc<Model> {
         &self.member.model

@@ -26,6 +26,18 @@ pub enum ProxyError {
         /// What is wrong with it.
         message: String,
     },
+    /// The body is compressed in a way that is not understood here, and would have to be.
+    #[error("{message}")]
+    UnsupportedEncoding {
+        /// What is understood.
+        message: String,
+    },
+    /// The body decodes to more than it may.
+    #[error("{message}")]
+    DecodesTooLarge {
+        /// To how much.
+        message: String,
+    },
     /// The head of the request is larger than the limit.
     #[error("{message}")]
     HeadTooLarge {
@@ -63,6 +75,15 @@ pub enum ProxyError {
         model: String,
         /// State of its backends.
         why: &'static str,
+    },
+    /// No backend is ready for anything.
+    #[error("no backend is ready; try again shortly")]
+    NoBackend,
+    /// The backend that made an answer is no more.
+    #[error("the backend that made `{id}` is gone, and what it remembered with it")]
+    AnswerGone {
+        /// The answer's id.
+        id: String,
     },
     /// Every backend is full, or the proxy holds as many bodies as it may.
     #[error("{what}; try again shortly")]
@@ -108,13 +129,15 @@ impl ProxyError {
     pub fn status(&self) -> StatusCode {
         match self {
             ProxyError::BadRequest { .. } => StatusCode::BAD_REQUEST,
+            ProxyError::UnsupportedEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ProxyError::HeadTooLarge { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ProxyError::RequestTimeout { .. } => StatusCode::REQUEST_TIMEOUT,
             ProxyError::NoSuchPath { .. } | ProxyError::ModelNotFound { .. } => StatusCode::NOT_FOUND,
+            ProxyError::AnswerGone { .. } => StatusCode::NOT_FOUND,
             ProxyError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            ProxyError::ModelUnavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
             ProxyError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
-            ProxyError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ProxyError::Backend { .. } => StatusCode::BAD_GATEWAY,
             ProxyError::BackendTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -124,14 +147,15 @@ impl ProxyError {
     pub fn code(&self) -> &'static str {
         match self {
             ProxyError::BadRequest { code, .. } => code,
+            ProxyError::UnsupportedEncoding { .. } => "unsupported_encoding",
             ProxyError::HeadTooLarge { .. } => "request_header_too_large",
             ProxyError::RequestTimeout { .. } => "request_timeout",
-            ProxyError::NoSuchPath { .. } => "not_found",
+            ProxyError::NoSuchPath { .. } | ProxyError::AnswerGone { .. } => "not_found",
             ProxyError::MethodNotAllowed { .. } => "method_not_allowed",
             ProxyError::ModelNotFound { .. } => "model_not_found",
-            ProxyError::ModelUnavailable { .. } => "model_unavailable",
+            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => "model_unavailable",
             ProxyError::Overloaded { .. } => "overloaded",
-            ProxyError::TooLarge { .. } => "request_too_large",
+            ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => "request_too_large",
             ProxyError::Backend { .. } => "backend_error",
             ProxyError::BackendTimeout { .. } => "backend_timeout",
         }
@@ -185,7 +209,7 @@ impl ProxyError {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         match self {
-            ProxyError::ModelUnavailable { .. } | ProxyError::Overloaded { .. } => {
+            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Overloaded { .. } => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(u16::from(RETRY_AFTER_SECONDS)));
             }
             ProxyError::MethodNotAllowed { allow } => {
@@ -223,6 +247,12 @@ mod tests {
         vec![
             (ProxyError::BadRequest { code: "model_required", message: text() }, 400, "model_required"),
             (ProxyError::NoSuchPath { message: text() }, 404, "not_found"),
+            (ProxyError::AnswerGone { id: text() }, 404, "not_found"),
+            (ProxyError::UnsupportedEncoding { message: text() }, 415, "unsupported_encoding"),
+            (ProxyError::DecodesTooLarge { message: text() }, 413, "request_too_large"),
+            (ProxyError::HeadTooLarge { message: text() }, 431, "request_header_too_large"),
+            (ProxyError::RequestTimeout { what: "x" }, 408, "request_timeout"),
+            (ProxyError::NoBackend, 503, "model_unavailable"),
             (ProxyError::ModelNotFound { model: text() }, 404, "model_not_found"),
             (ProxyError::ModelUnavailable { model: text(), why: "it is draining" }, 503, "model_unavailable"),
             (ProxyError::Overloaded { what: text() }, 429, "overloaded"),

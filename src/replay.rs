@@ -77,6 +77,8 @@ pub struct Replay {
     decoder: BodyDecoder,
     is_chunked: bool,
     scanner: Option<ModelScanner>,
+    /// A body without the routing key is none the worse.
+    key_is_optional: bool,
     /// What a backend gets of it, in the form in which it is sent.
     held: Held,
     /// Payload so far.
@@ -113,6 +115,7 @@ impl Replay {
             decoder: BodyDecoder::new(framing),
             is_chunked: framing == Framing::Chunked,
             scanner,
+            key_is_optional: false,
             held: Held { pieces: VecDeque::new(), bytes: 0, gone_bytes: 0, counted_bytes: 0, limits: limits.clone() },
             seen_bytes: 0,
             limits: limits.clone(),
@@ -159,7 +162,7 @@ impl Replay {
             scanner.feed(rest)?;
             match if is_over { scanner.finish() } else { Ok(()) } {
                 // The caller knows it from elsewhere.
-                Err(ScanError::ModelMissing) if model_is_known => {}
+                Err(ScanError::ModelMissing) if model_is_known || self.key_is_optional => {}
                 finished => finished?,
             }
         }
@@ -178,9 +181,10 @@ impl Replay {
         Ok(())
     }
 
-    /// Has this look for the routing key in the body.
-    pub fn look_for(&mut self, scanner: Option<ModelScanner>) {
+    /// Has `scanner` look for the routing key in the body, which may do without it if `key_is_optional`.
+    pub fn look_for(&mut self, scanner: Option<ModelScanner>, key_is_optional: bool) {
         self.scanner = scanner;
+        self.key_is_optional = key_is_optional;
     }
 
     /// Whether anything looks for the routing key in the body.
@@ -196,6 +200,11 @@ impl Replay {
     /// The routing key, once it has been read.
     pub fn model(&self) -> Option<&str> {
         self.scanner.as_ref().and_then(ModelScanner::model)
+    }
+
+    /// The id of the answer that the request continues, if it has said so by now.
+    pub fn continues(&self) -> Option<&str> {
+        self.scanner.as_ref().and_then(ModelScanner::continues)
     }
 
     /// The whole body has come.

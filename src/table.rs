@@ -61,6 +61,7 @@ pub struct RoutingTable {
     /// Grows with every publication.
     pub generation: u64,
     routes: HashMap<Box<str>, Route>,
+    only: Option<Arc<Member>>,
     backends: Vec<Arc<Backend>>,
     openai_list: OnceLock<Bytes>,
     anthropic_list: OnceLock<Bytes>,
@@ -71,8 +72,11 @@ pub struct RoutingTable {
 impl RoutingTable {
     /// A table of these routes. `backends` are all that have requests or may get some, for observation.
     pub fn new(routes: Vec<Route>, backends: Vec<Arc<Backend>>) -> RoutingTable {
+        let mut members = routes.iter().flat_map(|route| &route.members);
+        let only = members.next().cloned();
+        let only = only.filter(|only| members.all(|other| Arc::ptr_eq(&only.backend, &other.backend)));
         let routes = routes.into_iter().map(|route| (route.model.id.clone(), route)).collect();
-        RoutingTable { routes, backends, ..RoutingTable::default() }
+        RoutingTable { routes, only, backends, ..RoutingTable::default() }
     }
 
     /// What `model` leads to.
@@ -82,6 +86,11 @@ impl RoutingTable {
             Some(route) if route.members.is_empty() => Lookup::NoneReady(route),
             Some(route) => Lookup::Ready(route),
         }
+    }
+
+    /// A member of the one backend that is ready, if there is just one: it must be meant by who names no model.
+    pub fn only_backend(&self) -> Option<&Arc<Member>> {
+        self.only.as_ref()
     }
 
     /// Every known model, sorted by id.
@@ -220,6 +229,17 @@ mod tests {
         assert!(matches!(table.lookup("b"), Lookup::NoneReady(_)));
         assert!(matches!(table.lookup("c"), Lookup::Unknown));
         assert!(table.object("a").is_some() && table.object("b").is_none());
+    }
+
+    #[test]
+    fn one_backend_is_known_as_the_only_one() {
+        let (a, b) = (route("a", true), route("b", true));
+        let other_model = Member::new(a.members[0].backend.clone(), Model::new("c"));
+        let same = Route { model: other_model.model.clone(), members: [other_model].into(), ..route("c", true) };
+        let only = |routes| RoutingTable::new(routes, Vec::new()).only_backend().is_some();
+        assert!(!only(Vec::new()) && !only(vec![route("a", false)]));
+        assert!(only(vec![a, same, route("d", false)]));
+        assert!(!only(vec![route("a", true), b]));
     }
 
     #[test]

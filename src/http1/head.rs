@@ -421,11 +421,11 @@ impl RequestHead {
             && self.lines.first(Known::Expect).is_some_and(|value| value.eq_ignore_ascii_case(b"100-continue"))
     }
 
-    /// The client asks to go on with another protocol on this connection (RFC 9110, 7.8).
-    pub fn asks_for_upgrade(&self) -> bool {
+    /// The client asks to go on with WebSocket on this connection (RFC 9110, 7.8; RFC 6455, 4.1).
+    pub fn asks_for_websocket(&self) -> bool {
         self.version == Version::Http11
             && self.framing == Framing::Empty
-            && self.lines.has(Known::Upgrade)
+            && self.lines.lists(Known::Upgrade, "websocket")
             && self.lines.lists(Known::Connection, "upgrade")
     }
 }
@@ -629,9 +629,10 @@ mod tests {
             assert_eq!(head(version, lines).wants_keep_alive(), keeps, "{version} {lines:?}");
         }
         let upgrade = "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n";
-        assert!(head("HTTP/1.1", upgrade).asks_for_upgrade());
-        assert!(!head("HTTP/1.0", upgrade).asks_for_upgrade());
-        assert!(!head("HTTP/1.1", "Upgrade: websocket\r\n").asks_for_upgrade());
+        assert!(head("HTTP/1.1", upgrade).asks_for_websocket());
+        assert!(!head("HTTP/1.0", upgrade).asks_for_websocket());
+        assert!(!head("HTTP/1.1", "Upgrade: websocket\r\n").asks_for_websocket());
+        assert!(!head("HTTP/1.1", "Connection: upgrade\r\nUpgrade: h2c\r\n").asks_for_websocket());
         let named = head("HTTP/1.1", "Connection: X-Hop, host, content-length\r\nx-hop: 1\r\nHost: a\r\ny: 1\r\n");
         let gone: Vec<_> =
             named.lines.iter().filter(|h| named.lines.is_named_by_connection(h)).map(|h| h.name).collect();

@@ -18,6 +18,7 @@ pub mod client;
 pub mod exchange;
 pub mod failure;
 pub mod headers;
+pub mod makers;
 pub mod paths;
 pub mod relay;
 pub mod tunnel;
@@ -38,6 +39,7 @@ use self::{
     exchange::{Ending, Exchange, RequestId},
     failure::{Action, Stage, What},
     headers::{Delivery, Persistence, ToBackend, ToClient},
+    makers::{Maker, Makers},
     paths::Target,
     relay::{Cut, Relay, Relayed},
 };
@@ -73,6 +75,7 @@ pub struct Proxy {
     idle_timeout: Option<Duration>,
     access_log: bool,
     cors: Cors,
+    makers: Makers,
     /// Admin paths are on a port of their own.
     admin_elsewhere: bool,
 }
@@ -121,6 +124,14 @@ struct Answer {
     in_flight: InFlight,
 }
 
+/// Where a request is served.
+#[derive(Debug)]
+struct Place {
+    in_flight: InFlight,
+    /// Nobody else could serve it.
+    is_the_only_one: bool,
+}
+
 /// Why there is none.
 #[derive(Debug)]
 enum NoAnswer {
@@ -163,6 +174,7 @@ impl Proxy {
             idle_timeout: config.idle_timeout,
             access_log: config.access_log,
             cors,
+            makers: Makers::default(),
             admin_elsewhere: config.admin_port.is_some(),
         }
     }
@@ -284,13 +296,15 @@ impl Proxy {
         if matches!(head.framing, Framing::Length(length) if length > self.limits.max_body_bytes) {
             return Err(self.body_error(BodyFault::TooLarge).into());
         }
-        replay.look_for(self.scanner(head, in_query.is_some())?);
+        let may_name_none = paths::may_name_no_model(&head.method, head.path());
+        replay.look_for(self.scanner(head, in_query.is_some())?, may_name_none);
         self.read_model(client, head, replay, in_query.is_some()).await?;
-        let in_flight = match replay.model().or(in_query.as_deref()) {
-            Some(model) => self.choose(model, &[], exchange)?,
+        let place = match replay.model().or(in_query.as_deref()) {
+            Some(model) => self.choose(model, &[], replay.continues(), exchange)?,
+            None if may_name_none => self.choose_unnamed(head.path(), exchange)?,
             None => return Err(self.body_error(BodyFault::Scan(ScanError::ModelMissing)).into()),
         };
-        self.send(client, asked, below_v1, replay, exchange, in_flight).await
+        self.send(client, asked, below_v1, replay, exchange, place).await
     }
 
     /// What looks for the routing key in the body, if anything does.
@@ -309,7 +323,11 @@ impl Proxy {
         if is_known && kind.is_some_and(is_opaque) {
             return Ok(None);
         }
-        ModelScanner::for_content_type(kind).map(Some).map_err(|error| self.body_error(error.into()))
+        match ModelScanner::for_body(kind, head.lines.first(Known::ContentEncoding)) {
+            Ok(scanner) => Ok(Some(scanner)),
+            Err(ScanError::UnsupportedCoding { .. }) if is_known => Ok(None),
+            Err(error) => Err(self.body_error(error.into())),
+        }
     }
 
     /// Reads the body as far as it takes to know the model.
@@ -349,11 +367,12 @@ impl Proxy {
         below_v1: bool,
         replay: &mut Replay,
         exchange: &mut Exchange<'_>,
-        mut in_flight: InFlight,
+        place: Place,
     ) -> Result<Answer, NoAnswer> {
+        let Place { mut in_flight, is_the_only_one } = place;
         let mut tried: Vec<Arc<Backend>> = Vec::new();
         let mut fresh_only = false;
-        let upgrades = asked.head.asks_for_upgrade();
+        let upgrades = asked.head.method == Method::GET && asked.head.asks_for_websocket();
         loop {
             exchange.attempts += 1;
             let backend = in_flight.backend();
@@ -399,12 +418,12 @@ impl Proxy {
                 Action::Elsewhere => {
                     tried.push(backend.clone());
                     let retries = u32::try_from(tried.len()).unwrap_or(u32::MAX);
-                    if retries > self.retries {
+                    if retries > self.retries || is_the_only_one {
                         return Err(give_up.into());
                     }
                     let model = in_flight.model().clone();
                     drop(in_flight);
-                    in_flight = self.choose(&model.id, &tried, exchange).map_err(|_| give_up)?;
+                    in_flight = self.choose(&model.id, &tried, None, exchange).map_err(|_| give_up)?.in_flight;
                     fresh_only = false;
                 }
                 Action::BadGateway | Action::GatewayTimeout | Action::Refuse | Action::Cut | Action::Abandon => {
@@ -414,8 +433,21 @@ impl Proxy {
         }
     }
 
-    /// Claims a place on a member of the model's pool.
-    fn choose(&self, model: &str, tried: &[Arc<Backend>], exchange: &mut Exchange<'_>) -> Result<InFlight, ProxyError> {
+    /// Claims a place on a member of the model's pool: on the one that made the answer that is continued, if it still
+    /// serves the model, else on the best.
+    fn choose(
+        &self,
+        model: &str,
+        tried: &[Arc<Backend>],
+        continues: Option<&str>,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Place, ProxyError> {
+        if let Some(Maker::Here(member)) = continues.map(|id| self.makers.of(id))
+            && *member.model.id == *model
+            && let Ok(in_flight) = member.try_acquire()
+        {
+            return Ok(self.claimed(in_flight, false, exchange));
+        }
         let table = self.table.snapshot();
         let route = match table.lookup(model) {
             Lookup::Ready(route) => route,
@@ -430,12 +462,37 @@ impl Proxy {
         };
         exchange.model = Some(route.model.clone());
         let chosen = RNG.with_borrow_mut(|rng| balance::choose(&route.members, tried, self.balance, rng));
-        let in_flight = chosen.map_err(|refused| match refused {
-            Refused::Full => ProxyError::Overloaded { what: format!("every backend of `{}` is full", bounded(model)) },
-            Refused::Closed => ProxyError::ModelUnavailable { model: bounded(model), why: "it is stopping" },
-        })?;
+        let in_flight = chosen.map_err(|refused| refusal(refused, model))?;
+        Ok(self.claimed(in_flight, false, exchange))
+    }
+
+    /// Claims a place for a request that names no model: on the backend that made the answer it is about, else on the
+    /// only one there is.
+    fn choose_unnamed(&self, path: &str, exchange: &mut Exchange<'_>) -> Result<Place, ProxyError> {
+        let id = paths::answer_id(path);
+        let member = match id.as_deref().map(|id| (self.makers.of(id), id)) {
+            Some((Maker::Here(member), _)) => member,
+            Some((Maker::Gone, id)) => return Err(ProxyError::AnswerGone { id: bounded(id) }),
+            Some((Maker::Unknown, _)) | None => {
+                let table = self.table.snapshot();
+                match table.only_backend() {
+                    Some(only) => only.clone(),
+                    None if table.routes().iter().all(|route| route.members.is_empty()) => {
+                        return Err(ProxyError::NoBackend);
+                    }
+                    None => return Err(nobody_meant(id.as_deref())),
+                }
+            }
+        };
+        exchange.model = Some(member.model.clone());
+        let in_flight = member.try_acquire().map_err(|refused| refusal(refused, &member.model.id))?;
+        Ok(self.claimed(in_flight, true, exchange))
+    }
+
+    fn claimed(&self, in_flight: InFlight, is_the_only_one: bool, exchange: &mut Exchange<'_>) -> Place {
+        exchange.model = Some(in_flight.model().clone());
         exchange.backend = Some(in_flight.backend().clone());
-        Ok(in_flight)
+        Place { in_flight, is_the_only_one }
     }
 
     /// The shorter of the limits that run until the head of an answer.
@@ -546,6 +603,12 @@ impl Proxy {
 
     fn body_error(&self, fault: BodyFault) -> ProxyError {
         match fault {
+            BodyFault::Scan(error @ ScanError::UnsupportedCoding { .. }) => {
+                ProxyError::UnsupportedEncoding { message: error.to_string() }
+            }
+            BodyFault::Scan(error @ ScanError::DecodesTooLarge { .. }) => {
+                ProxyError::DecodesTooLarge { message: error.to_string() }
+            }
             BodyFault::Scan(error) => ProxyError::BadRequest { code: error.code(), message: error.to_string() },
             BodyFault::Framing(error) => ProxyError::BadRequest {
                 code: "invalid_request",
@@ -704,6 +767,24 @@ fn unreadable(error: HeadError) -> ProxyError {
             ProxyError::BadRequest { code: "invalid_request", message }
         }
     }
+}
+
+fn refusal(refused: Refused, model: &str) -> ProxyError {
+    match refused {
+        Refused::Full => ProxyError::Overloaded { what: format!("every backend of `{}` is full", bounded(model)) },
+        Refused::Closed => ProxyError::ModelUnavailable { model: bounded(model), why: "it is stopping" },
+    }
+}
+
+/// The error for a request that could be for any of several backends.
+fn nobody_meant(id: Option<&str>) -> ProxyError {
+    let what = match id {
+        Some(id) => format!("no answer `{}` has been made through this proxy", bounded(id)),
+        None => "the request names no model".to_owned(),
+    };
+    let message =
+        format!("{what}, and several backends are live: name one's model in the body, or in the query as `?model=`");
+    ProxyError::BadRequest { code: "model_required", message }
 }
 
 fn broken_off(backend: &Backend, exchange: &Exchange<'_>) -> ProxyError {

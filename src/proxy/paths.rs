@@ -103,6 +103,42 @@ const ENGINE_PATHS: &[&str] = &[
     "/v2/rerank",
 ];
 
+/// Engines' paths whose body need not name a model, as an engine serves one only.
+const MODEL_OPTIONAL: &[&str] = &[
+    "/classify",
+    "/detokenize",
+    "/pooling",
+    "/rerank",
+    "/reranking",
+    "/score",
+    "/tokenize",
+    "/v1/classify",
+    "/v1/detokenize",
+    "/v1/pooling",
+    "/v1/rerank",
+    "/v1/score",
+    "/v1/tokenize",
+    "/v2/embed",
+    "/v2/rerank",
+];
+
+/// Whether a request may leave the model out: those that read or delete something, those about an answer that is named
+/// by its id, and those that engines take without one.
+pub fn may_name_no_model(method: &Method, path: &str) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
+        || answer_id(path).is_some()
+        || MODEL_OPTIONAL.binary_search(&path).is_ok()
+}
+
+/// The id of the answer that a path is about, decoded: `/v1/responses/{id}` and what is below it.
+pub fn answer_id(path: &str) -> Option<Cow<'_, str>> {
+    let rest = path.strip_prefix("/v1/responses/")?;
+    let id = rest.split_once('/').map_or(rest, |(id, _)| id);
+    let id = percent_decode_str(id).decode_utf8().ok()?;
+    // A collection beside the answers, not an answer.
+    (!id.is_empty() && id != "input_tokens" && id != "compact").then_some(id)
+}
+
 /// What `path` means for `method`. `path` is as the client sent it, without the query.
 pub fn classify<'p>(method: &Method, path: &'p str) -> Target<'p> {
     let reads = method == Method::GET || method == Method::HEAD;
@@ -192,7 +228,7 @@ mod tests {
 
     #[test]
     fn tables_are_sorted_for_binary_search() {
-        for table in [CONTROL, STATEFUL, ENGINE_PATHS] {
+        for table in [CONTROL, STATEFUL, ENGINE_PATHS, MODEL_OPTIONAL] {
             assert!(table.is_sorted(), "{table:?}");
         }
     }
@@ -268,6 +304,32 @@ mod tests {
         }
         for path in ["/sleep", "/%73leep", "//sleep", "/collective_rpc"] {
             assert_eq!(post(path), Target::Unknown, "{path}");
+        }
+    }
+
+    #[test]
+    fn answers_are_named_by_their_id() {
+        for (path, id) in [
+            ("/v1/responses/resp_1", Some("resp_1")),
+            ("/v1/responses/resp%5F1/cancel", Some("resp_1")),
+            ("/v1/responses/resp_1/input_items", Some("resp_1")),
+            ("/v1/responses/", None),
+            ("/v1/responses", None),
+            ("/v1/responses/input_tokens", None),
+            ("/v1/chat/completions/x", None),
+        ] {
+            assert_eq!(answer_id(path).as_deref(), id, "{path}");
+        }
+        for (method, path, may) in [
+            (Method::POST, "/v1/responses/resp_1/cancel", true),
+            (Method::DELETE, "/v1/responses/resp_1", true),
+            (Method::GET, "/v1/anything", true),
+            (Method::POST, "/tokenize", true),
+            (Method::POST, "/v1/responses", false),
+            (Method::POST, "/v1/chat/completions", false),
+            (Method::POST, "/v1/embeddings", false),
+        ] {
+            assert_eq!(may_name_no_model(&method, path), may, "{method} {path}");
         }
     }
 

@@ -36,7 +36,17 @@ pub(super) struct JsonScanner {
     /// a small state makes the scanner faster.
     escape: ([u8; 6], usize),
     model: ModelValue,
+    /// The value of [`NOTED_KEY`], of which more than is kept means none.
+    noted: Vec<u8>,
+    /// Its key has just been read.
+    notes_value: bool,
 }
+
+/// A key of the body's own object whose value says who should get the request, where that matters and can be: the answer
+/// that this request continues. It decides nothing, so it is read without escapes and without complaint.
+const NOTED_KEY: &[u8] = b"previous_response_id";
+/// Longest value of it.
+const NOTED_BYTES_MAX: usize = 128;
 
 /// What comes next.
 #[derive(Debug, Clone, Copy, Default)]
@@ -74,8 +84,12 @@ enum State {
 enum Role {
     /// A key of the body's own object that equals the start of `model` so far; `ahead` is what that lacks.
     Key { ahead: &'static [u8] },
+    /// A key of the body's own object that equals the start of [`NOTED_KEY`] so far.
+    NotedKey { ahead: &'static [u8] },
     /// A key that is not `model`.
     OtherKey,
+    /// The value of [`NOTED_KEY`].
+    Noted,
     /// The value of `model`; `high` is half a surrogate pair that waits for the other half.
     Model { high: Option<u16> },
     /// A value of anything else.
@@ -148,7 +162,9 @@ impl JsonScanner {
     /// Begins a value, other than that of `model`.
     fn value<'a>(&mut self, rest: &'a [u8]) -> Result<&'a [u8], ScanError> {
         let after = &rest[1..];
+        let notes = std::mem::take(&mut self.notes_value);
         Ok(match rest[0] {
+            b'"' if notes => self.note(after),
             b'"' => self.skip(Role::OtherValue, after),
             b'0'..=b'9' => self.number(after),
             b'-' => self.then(State::Minus, after),
@@ -205,6 +221,8 @@ impl JsonScanner {
     fn text<'a>(&mut self, role: Role, rest: &'a [u8]) -> Result<&'a [u8], ScanError> {
         match role {
             Role::Key { ahead } => Ok(self.key(ahead, rest)),
+            Role::NotedKey { ahead } => Ok(self.noted_key(ahead, rest)),
+            Role::Noted => Ok(self.note(rest)),
             Role::Model { high } => self.model_value(high, rest),
             Role::OtherKey | Role::OtherValue => Ok(self.skip(role, rest)),
         }
@@ -214,11 +232,54 @@ impl JsonScanner {
     fn key<'a>(&mut self, ahead: &'static [u8], rest: &'a [u8]) -> &'a [u8] {
         let (run, stop) = split_text(rest);
         match (ahead.strip_prefix(run), stop) {
+            (None, _) if ahead.len() == KEY.len() && run.first() == NOTED_KEY.first() => {
+                self.noted_key(NOTED_KEY, rest)
+            }
             (None, _) => self.skip(Role::OtherKey, stop),
             (Some(ahead), []) => self.then(State::Text(Role::Key { ahead }), &[]),
             (Some(ahead), [b'\\', after @ ..]) => self.begin_escape(Role::Key { ahead }, after),
             (Some(ahead), [_, after @ ..]) => self.then(State::Colon { model: ahead.is_empty() }, after),
         }
+    }
+
+    /// Reads a key that may be the noted one.
+    fn noted_key<'a>(&mut self, ahead: &'static [u8], rest: &'a [u8]) -> &'a [u8] {
+        let (run, stop) = split_text(rest);
+        match (ahead.strip_prefix(run), stop) {
+            (Some(ahead), []) => self.then(State::Text(Role::NotedKey { ahead }), &[]),
+            (Some([]), [b'"', after @ ..]) => {
+                self.noted.clear();
+                self.notes_value = true;
+                self.then(State::Colon { model: false }, after)
+            }
+            _ => self.skip(Role::OtherKey, stop),
+        }
+    }
+
+    /// Reads the noted value.
+    fn note<'a>(&mut self, rest: &'a [u8]) -> &'a [u8] {
+        let (run, stop) = split_text(rest);
+        let fits = self.noted.len() + run.len() <= NOTED_BYTES_MAX;
+        match stop {
+            [] if fits => {
+                self.noted.extend_from_slice(run);
+                self.then(State::Text(Role::Noted), &[])
+            }
+            [b'"', after @ ..] if fits => {
+                self.noted.extend_from_slice(run);
+                self.then(State::CommaOrEnd, after)
+            }
+            _ => {
+                self.noted.clear();
+                self.skip(Role::OtherValue, stop)
+            }
+        }
+    }
+
+    /// The value of the noted key, once it has been read.
+    pub(super) fn noted(&self) -> Option<&str> {
+        let is_whole = !matches!(self.state, State::Text(Role::Noted)) && !self.noted.is_empty();
+        std::str::from_utf8(&self.noted).ok().filter(|_| is_whole)
     }
 
     /// Reads the value of `model`.
@@ -275,6 +336,9 @@ impl JsonScanner {
     fn escaped(&mut self, role: Role, unit: u16, rest: &[u8]) -> Result<Role, ScanError> {
         let decoded = match role {
             Role::OtherKey | Role::OtherValue => return Ok(role),
+            // They are given up before an escape sequence is read.
+            Role::NotedKey { .. } => return Ok(Role::OtherKey),
+            Role::Noted => return Ok(Role::OtherValue),
             Role::Key { ahead: [expected, ahead @ ..] } if u16::from(*expected) == unit => {
                 return Ok(Role::Key { ahead });
             }
@@ -536,6 +600,32 @@ mod tests {
         }
         check_invalid(b"\xFF\xFE{\0}\0", "expected a value", 0);
         check_invalid(b"\xEF\xBBx", "unknown literal", 2);
+    }
+
+    #[test]
+    fn the_answer_that_is_continued_is_noted() {
+        let long = "x".repeat(129);
+        for (body, expect) in [
+            (r#"{"model":"m","previous_response_id":"resp_1","input":"x"}"#.to_owned(), Some("resp_1")),
+            (r#"{"previous_response_id" : "resp_1","model":"m"}"#.to_owned(), Some("resp_1")),
+            (r#"{"previous_response_id":"a","previous_response_id":"b","model":"m"}"#.to_owned(), Some("b")),
+            (r#"{"previous_response_id":null,"model":"m","x":"y"}"#.to_owned(), None),
+            (r#"{"previous_response_id":["a"],"model":"m"}"#.to_owned(), None),
+            (r#"{"previous_response_id":"a\u0062","model":"m"}"#.to_owned(), None),
+            (r#"{"previous":"a","previous_response_ids":"b","p":"c","model":"m"}"#.to_owned(), None),
+            (r#"{"x":{"previous_response_id":"a"},"model":"m"}"#.to_owned(), None),
+            (r#"{"x":"previous_response_id","y":"a","model":"m"}"#.to_owned(), None),
+            (format!(r#"{{"previous_response_id":"{long}","model":"m"}}"#), None),
+        ] {
+            check(&body, Ok("m"));
+            for step in 1..body.len() {
+                let mut scanner = ModelScanner::json();
+                for piece in body.as_bytes().chunks(step) {
+                    scanner.feed(piece).unwrap();
+                }
+                assert_eq!(scanner.continues(), expect, "{body} in pieces of {step}");
+            }
+        }
     }
 
     #[test]

@@ -8,11 +8,14 @@
 //! body that parsers are known to read in two ways is refused rather than guessed at.
 //!
 //! This module knows nothing of HTTP, tables or backends: bytes go in, a name or a reason comes out. `json` holds
-//! the grammar of JSON (RFC 8259) as far as it can move a key, `multipart` that of forms (RFC 7578).
+//! the grammar of JSON (RFC 8259) as far as it can move a key, `multipart` that of forms (RFC 7578), `encoded` unpacks
+//! what is compressed.
 
+mod encoded;
 mod json;
 mod multipart;
 
+use encoded::GzipScanner;
 use json::JsonScanner;
 use multipart::FormScanner;
 
@@ -34,9 +37,10 @@ pub struct ModelScanner {
 enum Format {
     Json(JsonScanner),
     Form(Box<FormScanner>),
+    Gzip(Box<GzipScanner>),
 }
 
-/// Why a body names no model that could be routed by. Every one of them is the client's error: status 400.
+/// Why a body names no model that could be routed by. Every one of them is the client's error.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ScanError {
     /// The body is not JSON text, or ends before its object does.
@@ -55,6 +59,23 @@ pub enum ScanError {
     InvalidForm {
         /// What was wrong or expected.
         why: &'static str,
+    },
+    /// The body is not what its `Content-Encoding: gzip` says.
+    #[error("request body is not valid gzip: it is corrupt or cut off")]
+    InvalidGzip,
+    /// The body decodes to more than a body of its size may.
+    #[error("request body decodes to more than {ratio} times its size")]
+    DecodesTooLarge {
+        /// How many times its size it may be.
+        ratio: u64,
+    },
+    /// The body is compressed in a way that is not understood here, so the model in it cannot be read.
+    #[error(
+        "request body has Content-Encoding {coding:?}; send it plain or with gzip, or name the model in the query as ?model="
+    )]
+    UnsupportedCoding {
+        /// The coding, cut to a bearable length.
+        coding: String,
     },
     /// The body is complete and well-formed, or empty, and has no `model`.
     #[error("request body names no `model`")]
@@ -112,16 +133,32 @@ impl ModelScanner {
         }
     }
 
+    /// As [`for_content_type`](Self::for_content_type), for a body that may be compressed.
+    ///
+    /// # Errors
+    ///
+    /// Those of `for_content_type`; [`ScanError::UnsupportedCoding`] for every coding but gzip.
+    pub fn for_body(content_type: Option<&[u8]>, content_encoding: Option<&[u8]>) -> Result<Self, ScanError> {
+        let plain = Self::for_content_type(content_type)?;
+        let coding = content_encoding.unwrap_or_default().trim_ascii();
+        if coding.is_empty() || coding.eq_ignore_ascii_case(b"identity") {
+            Ok(plain)
+        } else if coding.eq_ignore_ascii_case(b"gzip") || coding.eq_ignore_ascii_case(b"x-gzip") {
+            Ok(Self::new(Format::Gzip(Box::new(GzipScanner::new(plain.format)))))
+        } else {
+            const SHOWN_BYTES: usize = 40;
+            let shown = String::from_utf8_lossy(&coding[..coding.len().min(SHOWN_BYTES)]).into_owned();
+            Err(ScanError::UnsupportedCoding { coding: shown })
+        }
+    }
+
     /// Reads the next chunk. Chunks may be cut anywhere; how they are cut changes no result.
     ///
     /// # Errors
     ///
     /// As soon as the body can no longer be routed. Errors are final: every later call returns the same one.
     pub fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
-        self.unless_failed(|format| match format {
-            Format::Json(json) => json.feed(chunk),
-            Format::Form(form) => form.feed(chunk),
-        })
+        self.unless_failed(|format| format.feed(chunk))
     }
 
     /// The model, as soon as its value has been read completely; `None` after an error.
@@ -129,11 +166,13 @@ impl ModelScanner {
     /// Until [`finish`](Self::finish) has succeeded it is a promise that may still be broken: who sends bytes to a
     /// backend on the strength of it must keep back the end of the body, and abort when a later call fails.
     pub fn model(&self) -> Option<&str> {
-        match (&self.failure, &self.format) {
-            (Some(_), _) => None,
-            (None, Format::Json(json)) => json.model(),
-            (None, Format::Form(form)) => form.model(),
-        }
+        self.failure.as_ref().map_or_else(|| self.format.model(), |_| None)
+    }
+
+    /// The id of the answer that this request continues (`previous_response_id`), if it has said so by now. Whoever made
+    /// that answer can continue it.
+    pub fn continues(&self) -> Option<&str> {
+        self.format.continues()
     }
 
     /// Ends the body. If this succeeds, [`model`](Self::model) is the one and only model that the body names.
@@ -143,10 +182,7 @@ impl ModelScanner {
     /// [`ScanError::ModelMissing`] if the body was complete, or empty, without a model; [`ScanError::InvalidJson`] or
     /// [`ScanError::InvalidForm`] if it was cut off; else the error that an earlier call returned.
     pub fn finish(&mut self) -> Result<(), ScanError> {
-        self.unless_failed(|format| match format {
-            Format::Json(json) => json.finish(),
-            Format::Form(form) => form.finish(),
-        })
+        self.unless_failed(Format::finish)
     }
 
     fn new(format: Format) -> Self {
@@ -161,21 +197,61 @@ impl ModelScanner {
     }
 }
 
+// === impl Format ===
+
+impl Format {
+    fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
+        match self {
+            Format::Json(json) => json.feed(chunk),
+            Format::Form(form) => form.feed(chunk),
+            Format::Gzip(gzip) => gzip.feed(chunk),
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), ScanError> {
+        match self {
+            Format::Json(json) => json.finish(),
+            Format::Form(form) => form.finish(),
+            Format::Gzip(gzip) => gzip.finish(),
+        }
+    }
+
+    fn model(&self) -> Option<&str> {
+        match self {
+            Format::Json(json) => json.model(),
+            Format::Form(form) => form.model(),
+            Format::Gzip(gzip) => gzip.format().model(),
+        }
+    }
+
+    fn continues(&self) -> Option<&str> {
+        match self {
+            Format::Json(json) => json.noted(),
+            Format::Form(_) => None,
+            Format::Gzip(gzip) => gzip.format().continues(),
+        }
+    }
+}
+
 // === impl ScanError ===
 
 impl ScanError {
     /// The `error.code` of the answer.
     ///
-    /// There are two: `model_required` where the body could be read and its `model` is no name, `invalid_json` where it
-    /// could not be read, or in two ways. The latter also stands for broken forms and for models that differ.
+    /// `model_required` where the body could be read and its `model` is no name; `invalid_json` where it could not be
+    /// read, or in two ways, broken forms and models that differ among them; two more for compressed bodies.
     pub fn code(&self) -> &'static str {
         match self {
             Self::ModelMissing | Self::ModelNotAString | Self::ModelEmpty | Self::ModelTooLong { .. } => {
                 "model_required"
             }
-            Self::InvalidJson { .. } | Self::NotAnObject | Self::InvalidForm { .. } | Self::ModelsDiffer { .. } => {
-                "invalid_json"
-            }
+            Self::InvalidJson { .. }
+            | Self::NotAnObject
+            | Self::InvalidForm { .. }
+            | Self::InvalidGzip
+            | Self::ModelsDiffer { .. } => "invalid_json",
+            Self::DecodesTooLarge { .. } => "request_too_large",
+            Self::UnsupportedCoding { .. } => "unsupported_encoding",
         }
     }
 }
@@ -354,6 +430,9 @@ mod tests {
             (ScanError::NotAnObject, "invalid_json"),
             (ScanError::InvalidJson { why: "", offset: 0 }, "invalid_json"),
             (ScanError::InvalidForm { why: "" }, "invalid_json"),
+            (ScanError::InvalidGzip, "invalid_json"),
+            (ScanError::DecodesTooLarge { ratio: 1 }, "request_too_large"),
+            (ScanError::UnsupportedCoding { coding: text() }, "unsupported_encoding"),
             (ScanError::ModelsDiffer { first: text(), second: text() }, "invalid_json"),
         ] {
             assert_eq!(error.code(), code, "{error:?}");
