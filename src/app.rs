@@ -117,13 +117,14 @@ impl App {
             )));
         }
         let proxy = Arc::new(Proxy::new(&config, reader, metrics, admin));
-        let workers = Arc::new(Workers::start(count, &proxy)?);
+        let connections_max = listen::connections_max();
+        let workers = Arc::new(Workers::start(count, connections_max, &proxy)?);
         let accept = {
             let workers = workers.clone();
             async move { workers.accept(listener).await }
         };
         tasks.spawn(accepting.clone().run_until_cancelled_owned(accept));
-        tracing::info!(address = %data_addr, admin = admin_addr.map(|addr| addr.to_string()), workers = count, discovery = source, "listening");
+        tracing::info!(address = %data_addr, admin = admin_addr.map(|addr| addr.to_string()), workers = count, connections_max, discovery = source, "listening");
         Ok(App {
             data_addr,
             admin_addr,

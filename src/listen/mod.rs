@@ -72,6 +72,14 @@ fn bind_to(addr: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// Lets this process open as many files as it may, and returns how many clients' connections that is enough for: each
+/// may need another one to a backend, and a fifth is left for everything else.
+pub fn connections_max() -> usize {
+    // Where the limit cannot be raised, what it is must do.
+    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    usize::try_from(files / 5 * 2).unwrap_or(usize::MAX)
+}
+
 /// The threads that serve connections.
 #[derive(Debug)]
 pub struct Workers {
@@ -80,6 +88,7 @@ pub struct Workers {
     finish: Stopper,
     /// End now.
     abort: CancellationToken,
+    connections_max: usize,
 }
 
 #[derive(Debug)]
@@ -92,11 +101,11 @@ struct Worker {
 // === impl Workers ===
 
 impl Workers {
-    /// Starts `count` workers that serve with `proxy`.
+    /// Starts `count` workers that serve with `proxy`, at most `connections_max` connections at a time.
     ///
     /// # Errors
     /// A thread or its runtime cannot be had.
-    pub fn start(count: usize, proxy: &Arc<Proxy>) -> io::Result<Workers> {
+    pub fn start(count: usize, connections_max: usize, proxy: &Arc<Proxy>) -> io::Result<Workers> {
         let (finish, abort) = (Stopper::default(), CancellationToken::new());
         let start = |index: usize| {
             let (connections, incoming) = mpsc::channel(HANDOVER_MAX);
@@ -113,7 +122,7 @@ impl Workers {
             Ok(Worker { connections, open, thread })
         };
         let workers = (0..count.max(1)).map(start).collect::<io::Result<Vec<Worker>>>()?;
-        Ok(Workers { workers, finish, abort })
+        Ok(Workers { workers, finish, abort, connections_max })
     }
 
     /// Accepts connections and hands them out, for ever. Dropping the future closes the listener.
@@ -123,6 +132,7 @@ impl Workers {
     pub async fn accept(&self, listener: TcpListener) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         loop {
+            self.room().await;
             match listener.accept().await {
                 // Back to a plain socket: its worker registers it with its own runtime.
                 Ok((stream, peer)) => match stream.into_std() {
@@ -136,6 +146,20 @@ impl Workers {
                 // The client gave up before it was accepted.
                 Err(error) => tracing::debug!(%error, "accept failed"),
             }
+        }
+    }
+
+    /// Waits until another connection may be accepted; who comes meanwhile waits in the kernel.
+    async fn room(&self) {
+        let is_full =
+            || self.workers.iter().map(|worker| worker.open.load(Relaxed)).sum::<usize>() >= self.connections_max;
+        if !is_full() {
+            return;
+        }
+        let limit = self.connections_max;
+        tracing::warn!(limit, "as many clients are connected as may be; more wait (raise the limit of open files)");
+        while is_full() {
+            sleep(EXHAUSTED_PAUSE).await;
         }
     }
 
