@@ -261,15 +261,18 @@ impl TestApp {
 
     /// The sum of all series of this name that have all of these labels; none when there is no such series.
     pub(crate) async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
-        let addr = self.admin_addr().unwrap_or_else(|| self.addr());
-        let page = Client::connect(addr).await.ask(&Request::get("/metrics")).await.text();
-        sum_of_series(&page, name, labels)
+        metric_at(self.admin_addr().unwrap_or_else(|| self.addr()), name, labels).await
     }
 
     /// Ends the proxy as SIGTERM does.
     pub(crate) async fn shutdown(self) {
         soon("the proxy has shut down", self.app.shutdown()).await;
     }
+}
+
+async fn metric_at(addr: SocketAddr, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+    let page = Client::connect(addr).await.ask(&Request::get("/metrics")).await.text();
+    sum_of_series(&page, name, labels)
 }
 
 fn sum_of_series(page: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
@@ -317,6 +320,21 @@ impl ProxyProcess {
         Self { child, addr }
     }
 
+    /// The sum of all series of this name that have all of these labels; none when there is no such series.
+    pub(crate) async fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+        metric_at(self.addr, name, labels).await
+    }
+
+    /// Whether it still runs.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// How many sockets it holds open.
+    pub(crate) fn open_sockets(&self) -> usize {
+        self.descriptors().filter(|target| target.starts_with("socket:")).count()
+    }
+
     /// Bytes of memory in use now.
     pub(crate) fn resident(&self) -> u64 {
         self.status_kib("VmRSS:") * 1024
@@ -329,12 +347,14 @@ impl ProxyProcess {
 
     /// Regular files that the process holds open, deleted ones too.
     pub(crate) fn open_files(&self) -> Vec<String> {
+        self.descriptors().filter(|target| target.starts_with('/') && !target.starts_with("/dev/")).collect()
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = String> {
         let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         entries
             .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok())
             .map(|target| target.to_string_lossy().into_owned())
-            .filter(|target| target.starts_with('/') && !target.starts_with("/dev/"))
-            .collect()
     }
 
     fn status_kib(&self, field: &str) -> u64 {

@@ -5,17 +5,23 @@ use std::{
     convert::Infallible,
     io,
     net::{Shutdown, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http_body_util::combinators::BoxBody;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::Value;
 use socket2::SockRef;
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    task::JoinHandle,
+};
 
 use super::{
     upstream::{read_some, reset_on_drop, write_some},
@@ -49,6 +55,12 @@ pub(crate) enum End {
     Closed,
     /// The connection was reset.
     Reset,
+}
+
+/// Bytes on their way; no more of them go out once this is dropped.
+pub(crate) struct Sending {
+    task: JoinHandle<io::Result<()>>,
+    sent_len: Arc<AtomicUsize>,
 }
 
 /// A request to send, built as text: nothing in here is checked, so that it can be wrong.
@@ -234,6 +246,41 @@ impl Client {
         self.buf.is_empty() && matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }
 
+    /// The next `n` bytes as they are, on a connection that has switched protocols.
+    pub(crate) async fn raw(&mut self, n: usize) -> Vec<u8> {
+        while self.buf.len() < n {
+            if let Err(end) = self.fill("bytes of the other protocol").await {
+                panic!("{end:?} after {} bytes of {n}: {:?}", self.buf.len(), String::from_utf8_lossy(&self.buf));
+            }
+        }
+        self.buf.drain(..n).collect()
+    }
+
+    /// All bytes that still come, whatever they mean, and how the connection ended.
+    pub(crate) async fn raw_to_end(&mut self) -> (Vec<u8>, End) {
+        loop {
+            if let Err(end) = self.fill("the end of the connection").await {
+                return (std::mem::take(&mut self.buf), end);
+            }
+        }
+    }
+
+    /// Sends these bytes while other things happen on the connection.
+    pub(crate) fn send_aside(&self, bytes: impl Into<Bytes>) -> Sending {
+        let (stream, mut bytes) = (Arc::clone(&self.stream), bytes.into());
+        let sent_len = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&sent_len);
+        let task = tokio::spawn(async move {
+            while !bytes.is_empty() {
+                let n = write_some(&stream, &bytes).await?;
+                bytes.advance(n);
+                count.fetch_add(n, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        Sending { task, sent_len }
+    }
+
     /// Says that no more will be sent, and goes on reading.
     pub(crate) fn half_close(&self) {
         SockRef::from(&*self.stream).shutdown(Shutdown::Write).unwrap();
@@ -263,6 +310,29 @@ impl Client {
             Ok(_) => Ok(()),
             Err(_) => Err(End::Reset),
         }
+    }
+}
+
+// === impl Sending ===
+
+impl Sending {
+    /// How many bytes the kernel has taken.
+    pub(crate) fn sent_len(&self) -> usize {
+        self.sent_len.load(Ordering::Relaxed)
+    }
+
+    /// Waits until all of them are out.
+    ///
+    /// # Errors
+    /// The proxy has ended the connection.
+    pub(crate) async fn done(mut self) -> io::Result<()> {
+        soon("the proxy takes the bytes", &mut self.task).await.unwrap()
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 

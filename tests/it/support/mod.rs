@@ -10,8 +10,10 @@ pub(crate) mod wire;
 mod selftest;
 
 pub(crate) use app::{Health, ProxyProcess, Spec, TestApp};
-pub(crate) use client::{Answer, Client, End, Request, connect_h2};
-pub(crate) use upstream::{Script, Step, Upstream, held_reply, held_stream, json_reply, reply, sse_begin, sse_reply};
+pub(crate) use client::{Answer, Client, End, Request, Sending, connect_h2};
+pub(crate) use upstream::{
+    Script, Step, Upstream, held_reply, held_stream, json_reply, reply, sse_begin, sse_reply, switching,
+};
 pub(crate) use wait::{Gate, PATIENCE, eventually, settled, soon};
 pub(crate) use wire::{LAST_CHUNK, chunk};
 

@@ -103,6 +103,24 @@ async fn a_writer_stops_when_nobody_reads() {
 }
 
 #[tokio::test]
+async fn a_connection_that_has_switched_carries_bytes_both_ways() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    upstream.script([switching(), vec![Step::Send("hello".into()), Step::Echo]].concat());
+    let mut client = Client::connect(upstream.addr).await;
+    client.send([&Request::get("/v1/realtime").bytes()[..], b"early"].concat()).await;
+    assert_eq!(client.any_head().await.unwrap().word(1), "101");
+    assert_eq!(client.raw(10).await, b"helloearly");
+    // More than the kernel holds: one side has to read while it writes.
+    let sent = vec![b'x'; 16 * 1024 * 1024];
+    let sending = client.send_aside(sent.clone());
+    assert!(client.raw(sent.len()).await == sent);
+    sending.done().await.unwrap();
+    client.half_close();
+    assert_eq!(client.raw_to_end().await, (Vec::new(), End::Closed));
+    assert_eq!(upstream.peek(0, |request| request.body.bytes.len()), Some(5 + sent.len()));
+}
+
+#[tokio::test]
 async fn a_refused_a_killed_and_a_jammed_backend_do_what_they_say() {
     let upstream = Upstream::start_with_backlog("a", &["m"], 1).await;
     let queued = upstream.jam().await;

@@ -22,7 +22,7 @@ use tokio::{
 
 use super::{
     wait::{Gate, eventually},
-    wire::{Body, Head, LAST_CHUNK, chunk},
+    wire::{Body, Framing, Head, LAST_CHUNK, chunk},
 };
 
 /// What a backend does with one request, once it has read the head; when the script is over, it waits for the next
@@ -41,6 +41,10 @@ pub(crate) enum Step {
     SendChunk(Bytes),
     /// Writes these bytes again and again, as fast as they are taken, and never ends.
     Flood(Bytes),
+    /// From here on the connection speaks another protocol: everything that comes is body, to its end.
+    Switch,
+    /// Sends back everything that has come since `Switch` and still comes, to its end.
+    Echo,
     /// Waits until the gate is open.
     Hold(Gate),
     /// Keeps a rhythm; not for waiting until something has happened.
@@ -355,6 +359,8 @@ impl Session<'_> {
                 Step::Flood(bytes) => loop {
                     self.write(&bytes).await?;
                 },
+                Step::Switch => self.switch()?,
+                Step::Echo => self.echo().await?,
                 Step::Hold(gate) => gate.passed().await,
                 Step::Pause(time) => tokio::time::sleep(time).await,
                 Step::HalfClose => SockRef::from(self.stream).shutdown(std::net::Shutdown::Write).map_err(theirs)?,
@@ -376,6 +382,27 @@ impl Session<'_> {
                 return Ok(());
             }
             self.fill().await.map_err(theirs)?;
+        }
+    }
+
+    fn switch(&mut self) -> Result<(), Stop> {
+        if let Some(current) = self.current {
+            self.shared.state().received[current].body = Body::new(Framing::UntilClose);
+        }
+        self.absorb()
+    }
+
+    async fn echo(&mut self) -> Result<(), Stop> {
+        let Some(current) = self.current else { return Ok(()) };
+        let mut echoed = 0;
+        loop {
+            self.absorb()?;
+            let news = self.shared.state().received[current].body.bytes[echoed..].to_vec();
+            echoed += news.len();
+            match news.is_empty() {
+                true => self.fill().await.map_err(theirs)?,
+                false => self.write(&news).await?,
+            }
         }
     }
 
@@ -458,6 +485,13 @@ pub(crate) fn sse_reply(chunks: &[&str]) -> Script {
     script.extend(chunks.iter().map(|chunk| Step::SendChunk((*chunk).to_owned().into())));
     script.push(Step::Send(LAST_CHUNK.into()));
     script
+}
+
+/// Takes the connection over to another protocol, with a head such as a WebSocket server sends.
+pub(crate) fn switching() -> Script {
+    let head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+                Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\nX-Session: 7\r\n\r\n";
+    vec![Step::Send(head.into()), Step::Switch]
 }
 
 /// Reads the request, and waits at the gate with the answer.
