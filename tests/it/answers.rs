@@ -62,7 +62,7 @@ async fn r02_400_when_no_model_can_be_read() {
         let shown = String::from_utf8_lossy(body);
         for request in [
             Request::post("/v1/chat/completions", body),
-            Request::post("/tokenize", body),
+            Request::post("/v1/embeddings", body),
             Request::new("POST", "/v1/chat/completions").chunks(body.chunks(3)),
         ] {
             let answer = app.ask(&request).await;
