@@ -140,12 +140,10 @@ impl Admin {
             text.histogram("proxy_request_duration_seconds", ("model", model), &metrics.duration);
         }
         text.family("proxy_backend_inflight", "gauge", "Requests that a backend is serving.");
-        for route in &routes {
-            for member in &route.members {
-                let labels: [(&str, &dyn std::fmt::Display); 2] =
-                    [("backend", &member.backend.spec.name), ("model", &route.model.id)];
-                text.sample("proxy_backend_inflight", &labels, member.in_flight());
-            }
+        for member in table.members() {
+            let labels: [(&str, &dyn std::fmt::Display); 2] =
+                [("backend", &member.backend.spec.name), ("model", &member.model.id)];
+            text.sample("proxy_backend_inflight", &labels, member.in_flight());
         }
         text.family("proxy_backends_active", "gauge", "Backends that may get requests.");
         let active = table.backends().iter().filter(|backend| !backend.is_closed()).count();

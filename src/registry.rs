@@ -548,7 +548,9 @@ impl Registry {
             });
         }
         let backends = self.entries.values().filter_map(|entry| entry.backend.clone()).collect();
-        self.publisher.publish(RoutingTable::new(routes, backends));
+        let serving = self.entries.values().filter(|entry| entry.backend.is_some());
+        let members = serving.flat_map(|entry| entry.pools.iter().filter_map(|(_, member)| member.clone())).collect();
+        self.publisher.publish(RoutingTable::new(routes, backends, members));
     }
 
     fn check_first_round(&mut self) {

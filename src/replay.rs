@@ -144,6 +144,11 @@ impl Replay {
         (at, Ok(()))
     }
 
+    /// How much is best taken in at a time, so that a thread that has others to serve is not kept from them.
+    pub fn bite_bytes(&self) -> usize {
+        self.scanner.as_ref().map_or(usize::MAX, ModelScanner::bite_bytes)
+    }
+
     /// Looks at a stretch of payload and keeps it; and the end of the body, once it has come.
     fn keep(&mut self, payload: &[u8], model_is_known: bool) -> Result<(), BodyFault> {
         let is_over = self.decoder.is_done();

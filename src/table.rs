@@ -63,6 +63,7 @@ pub struct RoutingTable {
     routes: HashMap<Box<str>, Route>,
     only: Option<Arc<Member>>,
     backends: Vec<Arc<Backend>>,
+    members: Vec<Arc<Member>>,
     openai_list: OnceLock<Bytes>,
     anthropic_list: OnceLock<Bytes>,
 }
@@ -70,13 +71,14 @@ pub struct RoutingTable {
 // === impl RoutingTable ===
 
 impl RoutingTable {
-    /// A table of these routes. `backends` are all that have requests or may get some, for observation.
-    pub fn new(routes: Vec<Route>, backends: Vec<Arc<Backend>>) -> RoutingTable {
-        let mut members = routes.iter().flat_map(|route| &route.members);
-        let only = members.next().cloned();
-        let only = only.filter(|only| members.all(|other| Arc::ptr_eq(&only.backend, &other.backend)));
+    /// A table of these routes. `backends` are all that have requests or may get some, and `members` their places in the
+    /// pools, for observation.
+    pub fn new(routes: Vec<Route>, backends: Vec<Arc<Backend>>, members: Vec<Arc<Member>>) -> RoutingTable {
+        let mut ready = routes.iter().flat_map(|route| &route.members);
+        let only = ready.next().cloned();
+        let only = only.filter(|only| ready.all(|other| Arc::ptr_eq(&only.backend, &other.backend)));
         let routes = routes.into_iter().map(|route| (route.model.id.clone(), route)).collect();
-        RoutingTable { routes, only, backends, ..RoutingTable::default() }
+        RoutingTable { routes, only, backends, members, ..RoutingTable::default() }
     }
 
     /// What `model` leads to.
@@ -103,6 +105,11 @@ impl RoutingTable {
     /// Every backend that has requests or may get some.
     pub fn backends(&self) -> &[Arc<Backend>] {
         &self.backends
+    }
+
+    /// The places of those backends in the pools of their models.
+    pub fn members(&self) -> &[Arc<Member>] {
+        &self.members
     }
 
     fn listed(&self) -> impl Iterator<Item = &Arc<ModelObject>> {
@@ -224,7 +231,7 @@ mod tests {
 
     #[test]
     fn lookup_tells_unknown_from_not_ready() {
-        let table = RoutingTable::new(vec![route("a", true), route("b", false)], Vec::new());
+        let table = RoutingTable::new(vec![route("a", true), route("b", false)], Vec::new(), Vec::new());
         assert!(matches!(table.lookup("a"), Lookup::Ready(_)));
         assert!(matches!(table.lookup("b"), Lookup::NoneReady(_)));
         assert!(matches!(table.lookup("c"), Lookup::Unknown));
@@ -236,7 +243,7 @@ mod tests {
         let (a, b) = (route("a", true), route("b", true));
         let other_model = Member::new(a.members[0].backend.clone(), Model::new("c"));
         let same = Route { model: other_model.model.clone(), members: [other_model].into(), ..route("c", true) };
-        let only = |routes| RoutingTable::new(routes, Vec::new()).only_backend().is_some();
+        let only = |routes| RoutingTable::new(routes, Vec::new(), Vec::new()).only_backend().is_some();
         assert!(!only(Vec::new()) && !only(vec![route("a", false)]));
         assert!(only(vec![a, same, route("d", false)]));
         assert!(!only(vec![route("a", true), b]));
@@ -244,7 +251,8 @@ mod tests {
 
     #[test]
     fn lists_hold_what_is_ready_sorted_by_id_and_verbatim() {
-        let table = RoutingTable::new(vec![route("z/m", true), route("b", false), route("a", true)], Vec::new());
+        let table =
+            RoutingTable::new(vec![route("z/m", true), route("b", false), route("a", true)], Vec::new(), Vec::new());
         let expect = r#"{"object":"list","data":[{"id":"a",  "max_model_len":7},{"id":"z/m",  "max_model_len":7}]}"#;
         assert_eq!(table.openai_list(), expect);
         let anthropic: Value = serde_json::from_slice(&table.anthropic_list()).unwrap();
@@ -259,7 +267,7 @@ mod tests {
     fn readers_see_the_newest_publication() {
         let (mut publisher, reader) = table();
         assert_eq!(reader.snapshot().generation, 0);
-        publisher.publish(RoutingTable::new(vec![route("a", true)], Vec::new()));
+        publisher.publish(RoutingTable::new(vec![route("a", true)], Vec::new(), Vec::new()));
         assert_eq!(reader.snapshot().generation, 1);
         assert!(matches!(reader.snapshot().lookup("a"), Lookup::Ready(_)));
     }

@@ -180,10 +180,22 @@ impl Attempt {
                     Poll::Ready(Ok(BodyWait::More)) => {}
                 }
             }
-            let (taken, kept) = replay.take_in(client.unread(), true);
+            let unread = client.unread();
+            let bite = unread.len().min(replay.bite_bytes());
+            let is_partial = bite < unread.len();
+            let (taken, kept) = replay.take_in(&unread[..bite], true);
             client.take(taken);
             kept?;
-            if replay.is_over() { client.expect_nothing() } else { client.expect_body() }
+            if replay.is_over() {
+                client.expect_nothing()
+            } else {
+                client.expect_body()
+            }
+            if is_partial && !replay.is_over() {
+                // Others first: polled once, it has this task woken when they have had their turn, sockets included.
+                let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
+                return Ok(());
+            }
         }
     }
 

@@ -28,7 +28,7 @@ use crate::http1::head::{HeadEnd, HeadError, RequestHead};
 pub const READ_BYTES: usize = 64 * 1024;
 /// Most bytes that are taken in from a client whose turn it is not: of a request sent behind the one being served, or of a
 /// body that its backend does not read yet. Past it the client has to wait, and nobody notices if it leaves.
-const AHEAD_BYTES_MAX: usize = 16 * 1024;
+pub const AHEAD_BYTES_MAX: usize = 16 * 1024;
 /// Time for idling between requests. Longer than front proxies keep idle connections (Traefik: 90 s), so that it is they
 /// who close: a request sent into a connection that is just being closed is lost.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -153,11 +153,11 @@ impl<S: Transport> Client<S> {
         }
     }
 
-    /// Reads once.
-    pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+    /// Reads once, at most `most` bytes.
+    pub fn poll_fill(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<Result<(), Gone>> {
         let Client { io, inbox, read, .. } = self;
         let filled = with_scratch(|scratch| {
-            let mut buf = ReadBuf::new(scratch);
+            let mut buf = ReadBuf::new(&mut scratch[..most]);
             match ready!(Pin::new(io).poll_read(cx, &mut buf)) {
                 Ok(()) if !buf.filled().is_empty() => {
                     if *read > 0 {
@@ -176,8 +176,8 @@ impl<S: Transport> Client<S> {
 
     /// Reads ahead of what is being served, to notice if the client leaves. Never ready otherwise.
     pub fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<Gone> {
-        while self.unread().len() < AHEAD_BYTES_MAX {
-            match ready!(self.poll_fill(cx)) {
+        while let room @ 1.. = AHEAD_BYTES_MAX.saturating_sub(self.unread().len()) {
+            match ready!(self.poll_fill(cx, room)) {
                 Ok(()) => {}
                 Err(gone) => return Poll::Ready(gone),
             }
@@ -215,17 +215,17 @@ impl<S: Transport> Client<S> {
                 Err(error) => return Next::Nonsense(error),
             }
             let waited = std::future::poll_fn(|cx| {
-                if let Poll::Ready(filled) = self.poll_fill(cx) {
+                if let Poll::Ready(filled) = self.poll_fill(cx, READ_BYTES) {
                     return Poll::Ready(filled.map_err(|Gone| Next::End));
                 }
-                if self.closing.poll_begun(cx) {
-                    if !begun {
-                        return Poll::Ready(Err(Next::End));
-                    }
+                let closes = self.closing.poll_begun(cx);
+                if closes && begun {
                     self.deadline.no_later_than(Instant::now() + HEAD_TIMEOUT_AT_SHUTDOWN);
+                } else if closes {
+                    return Poll::Ready(Err(Next::End));
                 }
                 match self.deadline.poll(cx) {
-                    Poll::Ready(()) => Poll::Ready(Err(if begun { Next::TooSlow } else { Next::End })),
+                    Poll::Ready(()) => Poll::Ready(Err(if begun && !closes { Next::TooSlow } else { Next::End })),
                     Poll::Pending => Poll::Pending,
                 }
             });
@@ -265,7 +265,7 @@ impl<S: Transport> Client<S> {
 
     /// More of a request's body has come, or it takes too long.
     pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<BodyWait, Gone>> {
-        match self.poll_fill(cx) {
+        match self.poll_fill(cx, READ_BYTES) {
             Poll::Ready(filled) => Poll::Ready(filled.map(|()| BodyWait::More)),
             Poll::Pending => self.deadline.poll(cx).map(|()| Ok(BodyWait::TooSlow)),
         }
@@ -341,7 +341,7 @@ impl<S: Transport> Client<S> {
                 if left == 0 || self.has_left {
                     return Ok(());
                 }
-                std::future::poll_fn(|cx| self.poll_fill(cx)).await?;
+                std::future::poll_fn(|cx| self.poll_fill(cx, READ_BYTES)).await?;
             }
         };
         let _: Result<Result<(), Gone>, _> = tokio::time::timeout(DISCARD_TIME, closing).await;

@@ -323,7 +323,9 @@ impl Proxy {
         if is_known && kind.is_some_and(is_opaque) {
             return Ok(None);
         }
-        match ModelScanner::for_body(kind, head.lines.first(Known::ContentEncoding)) {
+        // Lines are one list.
+        let coding = head.lines.all(Known::ContentEncoding).collect::<Vec<_>>().join(&b", "[..]);
+        match ModelScanner::for_body(kind, Some(&coding)) {
             Ok(scanner) => Ok(Some(scanner)),
             Err(ScanError::UnsupportedCoding { .. }) if is_known => Ok(None),
             Err(error) => Err(self.body_error(error.into())),
@@ -342,7 +344,10 @@ impl Proxy {
             client.outbox().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
         }
         loop {
-            let (taken, kept) = replay.take_in(client.unread(), in_query);
+            let unread = client.unread();
+            let bite = unread.len().min(replay.bite_bytes());
+            let is_partial = bite < unread.len();
+            let (taken, kept) = replay.take_in(&unread[..bite], in_query);
             client.take(taken);
             kept.map_err(|fault| self.body_error(fault))?;
             let is_known = match replay.is_scanned() {
@@ -353,7 +358,10 @@ impl Proxy {
                 client.expect_nothing();
                 return Ok(());
             }
-            if client.more_body().await? == BodyWait::TooSlow {
+            if is_partial {
+                // Others first.
+                tokio::task::yield_now().await;
+            } else if client.more_body().await? == BodyWait::TooSlow {
                 return Err(ProxyError::RequestTimeout { what: "the body of the request" }.into());
             }
         }

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    attempt::{ANSWER_READ_BYTES, Attempt},
-    client::{Client, Gone, Transport, with_scratch},
+    attempt::Attempt,
+    client::{AHEAD_BYTES_MAX, Client, Gone, Transport, with_scratch},
     relay::{Cut, Relayed, Watch},
 };
 
@@ -52,7 +52,7 @@ impl Sides {
             if self.client_left {
                 return Poll::Ready(());
             }
-            match ready!(client.poll_fill(cx)) {
+            match ready!(client.poll_fill(cx, AHEAD_BYTES_MAX)) {
                 Ok(()) => {}
                 Err(Gone) => self.client_left = true,
             }
@@ -72,7 +72,7 @@ impl Sides {
                 return Poll::Ready(());
             }
             let passed =
-                with_scratch(|scratch| match ready!(attempt.lease.poll_read(cx, &mut scratch[..ANSWER_READ_BYTES])) {
+                with_scratch(|scratch| match ready!(attempt.lease.poll_read(cx, &mut scratch[..AHEAD_BYTES_MAX])) {
                     Ok(n) if n > 0 => {
                         watch.payload(&scratch[..n]);
                         Poll::Ready(client.poll_send(cx, &scratch[..n]).is_ok())

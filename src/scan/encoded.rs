@@ -9,9 +9,11 @@ use flate2::write::MultiGzDecoder;
 use super::{Format, ScanError};
 
 /// What may be decoded whatever was sent, in bytes.
-const DECODED_BYTES_FREE: u64 = 1024 * 1024;
-/// How often a byte that was sent may be decoded to more. Text comes to some twenty, all zeros to a thousand.
+const DECODED_BYTES_FREE: u64 = 64 * 1024 * 1024;
+/// How many times its size a larger body may decode to. Text comes to some twenty, all zeros to a thousand.
 const RATIO_MAX: u64 = 200;
+/// How much of a body is best decoded at a time: a kilobyte may come to a megabyte.
+pub(super) const BITE_BYTES: usize = 1024;
 
 /// Looks for the key in a body with `Content-Encoding: gzip`.
 #[derive(Debug)]
@@ -133,7 +135,7 @@ mod tests {
 
     #[test]
     fn a_bomb_is_put_out() {
-        let body = format!(r#"{{"model":"m","x":"{}"}}"#, " ".repeat(64 * 1024 * 1024));
+        let body = format!(r#"{{"model":"m","x":"{}"}}"#, " ".repeat(100 * 1024 * 1024));
         let bomb = gzip(body.as_bytes());
         assert_eq!(scan(scanner(), bomb.chunks(4096)), Err(ScanError::DecodesTooLarge { ratio: RATIO_MAX }));
     }

@@ -152,6 +152,14 @@ impl ModelScanner {
         }
     }
 
+    /// How much is best fed at a time, so that a thread that has others to serve is not kept from them.
+    pub fn bite_bytes(&self) -> usize {
+        match &self.format {
+            Format::Json(_) | Format::Form(_) => usize::MAX,
+            Format::Gzip(_) => encoded::BITE_BYTES,
+        }
+    }
+
     /// Reads the next chunk. Chunks may be cut anywhere; how they are cut changes no result.
     ///
     /// # Errors

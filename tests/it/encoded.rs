@@ -354,6 +354,8 @@ async fn r01_a_gzip_body_that_is_cut_short_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r01_a_gzip_body_that_is_damaged_is_refused() {
+    /// The last byte before the trailer: what follows the end of the last block in it says nothing.
+    const PADDED: usize = ENCODED.len() - 9;
     let fork = Fork::start().await;
     let mut client = fork.app.client().await;
     for bit in 0..ENCODED.len() * 8 {
@@ -362,7 +364,9 @@ async fn r01_a_gzip_body_that_is_damaged_is_refused() {
         // Time, level and system say nothing; FTEXT is only a hint.
         let harmless = (32..80).contains(&bit) || bit == 24;
         let answer = client.ask(&coded("gzip", &body)).await;
-        if harmless {
+        if bit / 8 == PADDED {
+            assert!([200, 400].contains(&answer.status), "bit {bit}: {}", answer.text());
+        } else if harmless {
             assert_eq!(answer.status, 200, "bit {bit}: {}", answer.text());
         } else {
             assert_eq!(answer.status, 400, "bit {bit}: {}", answer.text());
@@ -370,7 +374,9 @@ async fn r01_a_gzip_body_that_is_damaged_is_refused() {
     }
     assert_eq!(fork.wrong.count(), 0);
     for index in 0..fork.right.count() {
-        let sound = |request: &upstream::Received| !request.body.is_done() || request.body.bytes[10..] == ENCODED[10..];
+        let same =
+            |bytes: &[u8]| bytes[10..PADDED] == ENCODED[10..PADDED] && bytes[PADDED + 1..] == ENCODED[PADDED + 1..];
+        let sound = |request: &upstream::Received| !request.body.is_done() || same(&request.body.bytes);
         assert_eq!(fork.right.peek(index, sound), Some(true), "a damaged body reached a backend");
     }
     let fork = Fork::start().await;
