@@ -19,6 +19,7 @@ mod failures;
 mod headers;
 mod hostile;
 mod ids;
+mod keepalive;
 mod limits;
 mod models;
 mod pools;
