@@ -9,15 +9,17 @@
 //!
 //! This module knows nothing of HTTP, tables or backends: bytes go in, a name or a reason comes out. `json` holds
 //! the grammar of JSON (RFC 8259) as far as it can move a key, `multipart` that of forms (RFC 7578), `encoded` unpacks
-//! what is compressed.
+//! what is compressed. `usage` is for the way back: it reads in an answer what that tells of its tokens.
 
 mod encoded;
 mod json;
 mod multipart;
+mod usage;
 
 use encoded::GzipScanner;
 use json::JsonScanner;
 use multipart::FormScanner;
+pub use usage::{AnswerKind, Finish, Usage, UsageTap};
 
 /// The longest model name, in bytes after unescaping. The longest in use are paths and repository ids of some 200.
 pub const MODEL_LIMIT_BYTES: usize = 1024;

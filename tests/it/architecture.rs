@@ -44,6 +44,11 @@ const PURE: &[&str] = &[
     "scan/json.rs",
     "scan/mod.rs",
     "scan/multipart.rs",
+    "scan/usage.rs",
+    "scan/usage/findings.rs",
+    "scan/usage/object.rs",
+    "scan/usage/places.rs",
+    "scan/usage/stencil.rs",
 ];
 
 fn sources() -> Vec<(String, String)> {
