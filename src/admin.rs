@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use crate::{
+    scan::Finish,
     status::{Ask, Status},
     table::TableReader,
     telemetry::metrics::{Exposition, Metrics, ModelMetrics},
@@ -138,6 +139,41 @@ impl Admin {
         text.family("proxy_request_duration_seconds", "histogram", "From a request's head to the end of its answer.");
         for (model, metrics) in &models {
             text.histogram("proxy_request_duration_seconds", ("model", model), &metrics.duration);
+        }
+        text.family(
+            "proxy_time_to_first_token_seconds",
+            "histogram",
+            "From a request's head to the first token of its answer.",
+        );
+        for (model, metrics) in &models {
+            text.histogram("proxy_time_to_first_token_seconds", ("model", model), &metrics.time_to_first_token);
+        }
+        text.family(
+            "proxy_tokens_total",
+            "counter",
+            "Tokens as backends count them; cached_input is part of input, reasoning of output.",
+        );
+        for (model, metrics) in &models {
+            let tokens = &metrics.tokens;
+            for (kind, counter) in [
+                ("input", &tokens.input),
+                ("cached_input", &tokens.cached_input),
+                ("output", &tokens.output),
+                ("reasoning", &tokens.reasoning),
+            ] {
+                text.sample("proxy_tokens_total", &[("model", model), ("type", &kind)], counter.get());
+            }
+        }
+        text.family("proxy_finish_reasons_total", "counter", "Why answers ended, as backends say it.");
+        for (model, metrics) in &models {
+            for (finish, counter) in Finish::ALL.iter().zip(&metrics.finishes).filter(|(_, counter)| counter.get() > 0)
+            {
+                text.sample(
+                    "proxy_finish_reasons_total",
+                    &[("model", model), ("reason", &finish.as_str())],
+                    counter.get(),
+                );
+            }
         }
         text.family("proxy_backend_inflight", "gauge", "Requests that a backend is serving.");
         for member in table.members() {

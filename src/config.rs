@@ -60,6 +60,7 @@ pub const KNOBS: &[Knob] = &[
         "error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug",
     ),
     knob("PROXY_ACCESS_LOG", "off", "on: one line per request at info"),
+    knob("PROXY_USAGE_METRICS", "on", "off: answers are not looked at for their token counts, finish reasons and ids"),
     knob("PROXY_LOG_FORMAT", "", "text, json or yaml; unset: text on a terminal, else json"),
     knob("DOCKER_HOST", "", "Docker Engine to watch; unset: unix:///var/run/docker.sock"),
     knob("DOCKER_CERT_PATH", "", "folder with ca.pem, cert.pem and key.pem for a Docker Engine behind TLS"),
@@ -139,6 +140,7 @@ pub struct Config {
     pub cors_origins: Vec<String>,
     pub log: String,
     pub access_log: bool,
+    pub usage_metrics: bool,
     pub log_format: Option<LogFormat>,
     pub docker: DockerEndpoint,
 }
@@ -248,6 +250,7 @@ impl Config {
                 v.parse::<tracing_subscriber::filter::Targets>().is_ok().then(|| v.to_owned())
             })?,
             access_log: env.required("PROXY_ACCESS_LOG", "on or off", parse_bool)?,
+            usage_metrics: env.required("PROXY_USAGE_METRICS", "on or off", parse_bool)?,
             log_format: env.optional("PROXY_LOG_FORMAT", "text, json or yaml", LogFormat::parse)?,
             docker: DockerEndpoint {
                 host: env.optional("DOCKER_HOST", "unix:///path, tcp://host:port, http:// or https://", |v| {

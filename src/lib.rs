@@ -66,7 +66,8 @@
 //! replay                                 lifecycle, fetch
 //!                                        discovery
 //!                                        discovery::{network, signal, vantage}
-//! scan, labels, telemetry, http1
+//! telemetry
+//! scan, labels, http1
 //! config, error
 //! ```
 //!

@@ -4,10 +4,11 @@ use std::{net::IpAddr, sync::Arc};
 
 use tokio::time::Instant;
 
-use super::relay::Watch;
+use super::{makers::Makers, relay::Watch};
 use crate::{
-    backend::{Backend, Model},
+    backend::{Backend, Member, Model},
     http1::head::{Known, RequestHead},
+    scan::{AnswerKind, UsageTap},
     telemetry::metrics::{Metrics, ModelMetrics},
 };
 
@@ -84,7 +85,21 @@ pub struct Exchange<'r> {
     /// Status that the client got; 0 before it got one.
     pub status: u16,
     response_bytes: u64,
+    tap: Option<UsageTap>,
+    /// To be told the id of the answer.
+    learner: Option<Learner<'r>>,
+    /// The first token has come.
+    has_content: bool,
     ended: bool,
+}
+
+/// Who wants to know the id of an answer, and of whose.
+#[derive(Debug)]
+pub struct Learner<'r> {
+    /// Where it is remembered.
+    pub makers: &'r Makers,
+    /// Who made the answer.
+    pub member: Arc<Member>,
 }
 
 /// Status in the account of a request whose client left before it got one.
@@ -111,8 +126,17 @@ impl<'r> Exchange<'r> {
             attempts: 0,
             status: 0,
             response_bytes: 0,
+            tap: None,
+            learner: None,
+            has_content: false,
             ended: false,
         }
+    }
+
+    /// An answer is about to pass that tells of itself.
+    pub fn listen_to(&mut self, kind: AnswerKind, learner: Option<Learner<'r>>) {
+        self.tap = Some(UsageTap::new(kind));
+        self.learner = learner;
     }
 
     /// When it arrived.
@@ -137,6 +161,9 @@ impl<'r> Exchange<'r> {
         let duration = self.started.elapsed();
         let instruments: &ModelMetrics = self.model.as_ref().map_or(&self.metrics.unknown, |model| &model.metrics);
         instruments.request_done(status, duration);
+        if let Some(tap) = &self.tap {
+            instruments.answer_told(&tap.usage());
+        }
         if self.access_log {
             tracing::info!(
                 request_id = self.request_id(), client = %self.client_ip, method = %self.head.method, path = self.head.path(),
@@ -164,6 +191,20 @@ impl<'r> Exchange<'r> {
 impl Watch for Exchange<'_> {
     fn payload(&mut self, payload: &[u8]) {
         self.response_bytes += payload.len() as u64;
+        let Some(tap) = &mut self.tap else { return };
+        tap.feed(payload);
+        if !self.has_content && tap.has_content() {
+            self.has_content = true;
+            if let Some(model) = &self.model {
+                model.metrics.time_to_first_token.observe(self.started.elapsed());
+            }
+        }
+        if self.learner.is_some()
+            && let Some(id) = tap.answer_id()
+            && let Some(Learner { makers, member }) = self.learner.take()
+        {
+            makers.learn(id, &member);
+        }
     }
 }
 

@@ -36,7 +36,7 @@ use tokio::time::{Instant, sleep, timeout};
 use self::{
     attempt::{Attempt, Stop},
     client::{BodyWait, Client, Closing, Gone, Next, Transport},
-    exchange::{Ending, Exchange, RequestId},
+    exchange::{Ending, Exchange, Learner, RequestId},
     failure::{Action, Stage, What},
     headers::{Delivery, Persistence, ToBackend, ToClient},
     makers::{Maker, Makers},
@@ -54,7 +54,7 @@ use crate::{
         head::{HeadError, Known, Lines, RequestHead, ResponseHead, Version},
     },
     replay::{BodyFault, BodyLimits, Replay},
-    scan::{ModelScanner, ScanError},
+    scan::{AnswerKind, ModelScanner, ScanError},
     table::{Lookup, TableReader},
     telemetry::metrics::Metrics,
 };
@@ -74,6 +74,7 @@ pub struct Proxy {
     first_byte_timeout: Option<Duration>,
     idle_timeout: Option<Duration>,
     access_log: bool,
+    usage_metrics: bool,
     cors: Cors,
     makers: Makers,
     /// Admin paths are on a port of their own.
@@ -173,6 +174,7 @@ impl Proxy {
             first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
             access_log: config.access_log,
+            usage_metrics: config.usage_metrics,
             cors,
             makers: Makers::default(),
             admin_elsewhere: config.admin_port.is_some(),
@@ -525,13 +527,13 @@ impl Proxy {
     }
 
     /// Hands a backend's answer on.
-    async fn relay<S: Transport>(
-        &self,
+    async fn relay<'r, S: Transport>(
+        &'r self,
         client: &mut Client<S>,
-        asked: &Asked<'_>,
+        asked: &Asked<'r>,
         answer: Answer,
         mut replay: Replay,
-        mut exchange: Exchange<'_>,
+        mut exchange: Exchange<'r>,
     ) -> After {
         let Answer { head, mut attempt, in_flight } = answer;
         attempt.forget_sent(&mut replay);
@@ -560,6 +562,14 @@ impl Proxy {
         let can_add_events =
             delivery != Delivery::AsIs && head.is_event_stream() && !head.lines.has(Known::ContentEncoding);
         let reusable = head.reusable && !upgraded;
+        if self.usage_metrics && head.status.is_success() && has_body {
+            let kind = head.lines.first(Known::ContentType).unwrap_or_default();
+            if let Some(kind) = AnswerKind::of(kind, head.lines.has(Known::ContentEncoding)) {
+                let makes = asked.head.method == Method::POST && asked.head.path().starts_with("/v1/responses");
+                let learner = makes.then(|| Learner { makers: &self.makers, member: in_flight.member().clone() });
+                exchange.listen_to(kind, learner);
+            }
+        }
         drop(head);
         let mut relay = Relay::new(framing, delivery, self.idle_timeout);
         let relayed = match upgraded {

@@ -43,7 +43,7 @@ pub(super) struct JsonScanner {
 }
 
 /// A key of the body's own object whose value says who should get the request, where that matters and can be: the answer
-/// that this request continues. It decides nothing, so it is read without escapes and without complaint.
+/// that this request continues. It decides nothing, so a value with escapes is passed over without complaint.
 const NOTED_KEY: &[u8] = b"previous_response_id";
 /// Longest value of it.
 const NOTED_BYTES_MAX: usize = 128;
@@ -247,6 +247,7 @@ impl JsonScanner {
         let (run, stop) = split_text(rest);
         match (ahead.strip_prefix(run), stop) {
             (Some(ahead), []) => self.then(State::Text(Role::NotedKey { ahead }), &[]),
+            (Some(ahead), [b'\\', after @ ..]) => self.begin_escape(Role::NotedKey { ahead }, after),
             (Some([]), [b'"', after @ ..]) => {
                 self.noted.clear();
                 self.notes_value = true;
@@ -336,9 +337,15 @@ impl JsonScanner {
     fn escaped(&mut self, role: Role, unit: u16, rest: &[u8]) -> Result<Role, ScanError> {
         let decoded = match role {
             Role::OtherKey | Role::OtherValue => return Ok(role),
-            // They are given up before an escape sequence is read.
-            Role::NotedKey { .. } => return Ok(Role::OtherKey),
+            // It is given up before an escape sequence is read.
             Role::Noted => return Ok(Role::OtherValue),
+            Role::NotedKey { ahead: [expected, ahead @ ..] } if u16::from(*expected) == unit => {
+                return Ok(Role::NotedKey { ahead });
+            }
+            Role::Key { ahead: KEY } if u16::from(NOTED_KEY[0]) == unit => {
+                return Ok(Role::NotedKey { ahead: &NOTED_KEY[1..] });
+            }
+            Role::NotedKey { .. } => return Ok(Role::OtherKey),
             Role::Key { ahead: [expected, ahead @ ..] } if u16::from(*expected) == unit => {
                 return Ok(Role::Key { ahead });
             }
@@ -609,6 +616,9 @@ mod tests {
             (r#"{"model":"m","previous_response_id":"resp_1","input":"x"}"#.to_owned(), Some("resp_1")),
             (r#"{"previous_response_id" : "resp_1","model":"m"}"#.to_owned(), Some("resp_1")),
             (r#"{"previous_response_id":"a","previous_response_id":"b","model":"m"}"#.to_owned(), Some("b")),
+            (r#"{"previous\u005Fresponse_id":"a","model":"m"}"#.to_owned(), Some("a")),
+            (r#"{"\u0070revious_response_i\u0064":"a","model":"m"}"#.to_owned(), Some("a")),
+            (r#"{"previous\u005Ersponse_id":"a","model":"m"}"#.to_owned(), None),
             (r#"{"previous_response_id":null,"model":"m","x":"y"}"#.to_owned(), None),
             (r#"{"previous_response_id":["a"],"model":"m"}"#.to_owned(), None),
             (r#"{"previous_response_id":"a\u0062","model":"m"}"#.to_owned(), None),

@@ -276,6 +276,17 @@ impl AnswerKind {
 // === impl Finish ===
 
 impl Finish {
+    /// Every one of them.
+    pub const ALL: [Finish; 7] = [
+        Finish::Stop,
+        Finish::Length,
+        Finish::ToolCalls,
+        Finish::ContentFilter,
+        Finish::Abort,
+        Finish::Error,
+        Finish::Other,
+    ];
+
     /// Its name as the label of a metric.
     pub fn as_str(self) -> &'static str {
         match self {

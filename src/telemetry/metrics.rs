@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use crate::scan::{Finish, Usage};
+
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -17,7 +19,12 @@ pub struct Counter(AtomicU64);
 impl Counter {
     /// Adds one.
     pub fn increment(&self) {
-        self.0.fetch_add(1, Relaxed);
+        self.add(1);
+    }
+
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
     }
 
     /// The count so far.
@@ -100,6 +107,25 @@ pub struct ModelMetrics {
     pub requests: StatusCounts,
     /// From the request's head to the last byte of its answer.
     pub duration: Histogram,
+    /// From the request's head to the first token of its answer; of an answer that is not streamed, to its first byte.
+    pub time_to_first_token: Histogram,
+    /// Tokens, as backends count them.
+    pub tokens: Tokens,
+    /// Why answers ended, as backends say it, in the order of [`Finish::ALL`].
+    pub finishes: [Counter; Finish::ALL.len()],
+}
+
+/// Tokens of one model.
+#[derive(Debug, Default)]
+pub struct Tokens {
+    /// Of prompts.
+    pub input: Counter,
+    /// Of prompts, found in a cache; counted in `input` too.
+    pub cached_input: Counter,
+    /// Generated.
+    pub output: Counter,
+    /// Generated while reasoning; counted in `output` too.
+    pub reasoning: Counter,
 }
 
 impl ModelMetrics {
@@ -107,6 +133,23 @@ impl ModelMetrics {
     pub fn request_done(&self, status: u16, duration: Duration) {
         self.requests.increment(status);
         self.duration.observe(duration);
+    }
+
+    /// An answer has told what it took.
+    pub fn answer_told(&self, usage: &Usage) {
+        for (counter, tokens) in [
+            (&self.tokens.input, usage.input_tokens),
+            (&self.tokens.cached_input, usage.cached_input_tokens),
+            (&self.tokens.output, usage.output_tokens),
+            (&self.tokens.reasoning, usage.reasoning_tokens),
+        ] {
+            counter.add(tokens.unwrap_or(0));
+        }
+        if let Some(finish) = usage.finish
+            && let Some(index) = Finish::ALL.iter().position(|known| *known == finish)
+        {
+            self.finishes[index].increment();
+        }
     }
 }
 

@@ -21,7 +21,8 @@ const LAYERS: &[&[&str]] = &[
     &["replay", "lifecycle", "fetch"],
     &["discovery"],
     &["discovery::network", "discovery::signal", "discovery::vantage"],
-    &["scan", "labels", "telemetry", "http1"],
+    &["telemetry"],
+    &["scan", "labels", "http1"],
     &["config", "error"],
 ];
 
