@@ -48,7 +48,12 @@ enum State {
         value: u64,
         digits: u8,
     },
-    /// Behind them: what a chunk may say of itself, which nobody heeds.
+    /// Behind them: white space, which means nothing.
+    SizeSpace {
+        size: u64,
+        length: u16,
+    },
+    /// What a chunk may say of itself, which nobody heeds.
     Extension {
         size: u64,
         length: u16,
@@ -149,7 +154,14 @@ impl BodyDecoder {
                         State::Size { value: value << 4 | u64::from(digit), digits: digits + 1 }
                     }
                     (b'\r', _) if digits > 0 => State::SizeEnd(value),
-                    (b';' | b' ' | b'\t', _) if digits > 0 => State::Extension { size: value, length: 1 },
+                    (b';', _) if digits > 0 => State::Extension { size: value, length: 1 },
+                    (b' ' | b'\t', _) if digits > 0 => State::SizeSpace { size: value, length: 1 },
+                    _ => return Err(FramingError("the size of a chunk is not a number")),
+                },
+                State::SizeSpace { size, length } => match byte {
+                    b'\r' => State::SizeEnd(size),
+                    b';' => State::Extension { size, length },
+                    b' ' | b'\t' if length < EXTENSION_BYTES_MAX => State::SizeSpace { size, length: length + 1 },
                     _ => return Err(FramingError("the size of a chunk is not a number")),
                 },
                 State::Extension { size, length } => match byte {
@@ -342,6 +354,8 @@ mod tests {
             " 1\r\na\r\n",
             "+1\r\na",
             "0x1\r\na",
+            "1 1\r\na\r\n",
+            "1 x;y\r\na\r\n",
             "1\na\r\n",
             "1\r\na\n",
             "1\r\nab\r\n",

@@ -352,6 +352,9 @@ impl RequestHead {
             .method
             .and_then(|method| Method::from_bytes(method.as_bytes()).ok())
             .ok_or(HeadError::Malformed("the method is not one"))?;
+        if self.method == Method::CONNECT {
+            return Err(HeadError::Malformed("CONNECT is for proxies of another kind"));
+        }
         let target = parsed.path.unwrap_or_default();
         if !target.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
             return Err(HeadError::Malformed("the request target holds a character that must be percent-encoded"));
@@ -569,6 +572,7 @@ mod tests {
             let head = request(&format!("OPTIONS {target} HTTP/1.1\r\nHost: h\r\n\r\n")).unwrap();
             assert_eq!((head.target(), head.host()), (path, Some(host.as_bytes())), "{target}");
         }
+        assert!(request("CONNECT front.test:443 HTTP/1.1\r\n\r\n").is_err());
         for target in ["/a b", "/a#b", "/\u{e9}", "/a\u{7f}"] {
             assert!(request(&format!("GET {target} HTTP/1.1\r\n\r\n")).is_err(), "{target:?}");
         }

@@ -43,7 +43,7 @@ pub(super) struct JsonScanner {
 }
 
 /// A key of the body's own object whose value says who should get the request, where that matters and can be: the answer
-/// that this request continues. It decides nothing, so a value with escapes is passed over without complaint.
+/// that this request continues. It decides nothing, so a value that is no plain id is passed over without complaint.
 const NOTED_KEY: &[u8] = b"previous_response_id";
 /// Longest value of it.
 const NOTED_BYTES_MAX: usize = 128;
@@ -270,6 +270,10 @@ impl JsonScanner {
                 self.noted.extend_from_slice(run);
                 self.then(State::CommaOrEnd, after)
             }
+            [b'\\', after @ ..] if fits => {
+                self.noted.extend_from_slice(run);
+                self.begin_escape(Role::Noted, after)
+            }
             _ => {
                 self.noted.clear();
                 self.skip(Role::OtherValue, stop)
@@ -279,7 +283,8 @@ impl JsonScanner {
 
     /// The value of the noted key, once it has been read.
     pub(super) fn noted(&self) -> Option<&str> {
-        let is_whole = !matches!(self.state, State::Text(Role::Noted)) && !self.noted.is_empty();
+        let is_whole =
+            !matches!(self.state, State::Text(Role::Noted) | State::Escape(Role::Noted)) && !self.noted.is_empty();
         std::str::from_utf8(&self.noted).ok().filter(|_| is_whole)
     }
 
@@ -337,8 +342,16 @@ impl JsonScanner {
     fn escaped(&mut self, role: Role, unit: u16, rest: &[u8]) -> Result<Role, ScanError> {
         let decoded = match role {
             Role::OtherKey | Role::OtherValue => return Ok(role),
-            // It is given up before an escape sequence is read.
-            Role::Noted => return Ok(Role::OtherValue),
+            Role::Noted => match u8::try_from(unit) {
+                Ok(byte @ b' '..=b'~') => {
+                    self.noted.push(byte);
+                    return Ok(Role::Noted);
+                }
+                _ => {
+                    self.noted.clear();
+                    return Ok(Role::OtherValue);
+                }
+            },
             Role::NotedKey { ahead: [expected, ahead @ ..] } if u16::from(*expected) == unit => {
                 return Ok(Role::NotedKey { ahead });
             }
@@ -621,7 +634,8 @@ mod tests {
             (r#"{"previous\u005Ersponse_id":"a","model":"m"}"#.to_owned(), None),
             (r#"{"previous_response_id":null,"model":"m","x":"y"}"#.to_owned(), None),
             (r#"{"previous_response_id":["a"],"model":"m"}"#.to_owned(), None),
-            (r#"{"previous_response_id":"a\u0062","model":"m"}"#.to_owned(), None),
+            (r#"{"previous_response_id":"a\u0062c","model":"m"}"#.to_owned(), Some("abc")),
+            (r#"{"previous_response_id":"a\u00e9","model":"m"}"#.to_owned(), None),
             (r#"{"previous":"a","previous_response_ids":"b","p":"c","model":"m"}"#.to_owned(), None),
             (r#"{"x":{"previous_response_id":"a"},"model":"m"}"#.to_owned(), None),
             (r#"{"x":"previous_response_id","y":"a","model":"m"}"#.to_owned(), None),

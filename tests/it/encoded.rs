@@ -304,7 +304,6 @@ async fn r01_a_gzip_body_that_names_no_model_or_two_is_refused() {
         let anthropic = Request::post("/v1/messages", &body).header("content-encoding", "gzip");
         assert_eq!(assert_anthropic_error(&fork.app.ask(&anthropic).await, 400), "invalid_request_error", "{what}");
     }
-    assert_eq!(fork.right.count() + fork.wrong.count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -354,19 +353,15 @@ async fn r01_a_gzip_body_that_is_cut_short_is_refused() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r01_a_gzip_body_that_is_damaged_is_refused() {
-    /// The last byte before the trailer: what follows the end of the last block in it says nothing.
-    const PADDED: usize = ENCODED.len() - 9;
     let fork = Fork::start().await;
     let mut client = fork.app.client().await;
     for bit in 0..ENCODED.len() * 8 {
         let mut body = ENCODED.to_vec();
         body[bit / 8] ^= 1 << (bit % 8);
-        // Time, level and system say nothing; FTEXT is only a hint.
-        let harmless = (32..80).contains(&bit) || bit == 24;
+        // Time, level and system say nothing, FTEXT is only a hint, and two bits fill the last byte before the sum.
+        let harmless = (32..80).contains(&bit) || [24, 1382, 1383].contains(&bit);
         let answer = client.ask(&coded("gzip", &body)).await;
-        if bit / 8 == PADDED {
-            assert!([200, 400].contains(&answer.status), "bit {bit}: {}", answer.text());
-        } else if harmless {
+        if harmless {
             assert_eq!(answer.status, 200, "bit {bit}: {}", answer.text());
         } else {
             assert_eq!(answer.status, 400, "bit {bit}: {}", answer.text());
@@ -374,8 +369,8 @@ async fn r01_a_gzip_body_that_is_damaged_is_refused() {
     }
     assert_eq!(fork.wrong.count(), 0);
     for index in 0..fork.right.count() {
-        let same =
-            |bytes: &[u8]| bytes[10..PADDED] == ENCODED[10..PADDED] && bytes[PADDED + 1..] == ENCODED[PADDED + 1..];
+        // But for the byte that is filled up.
+        let same = |bytes: &[u8]| bytes[10..172] == ENCODED[10..172] && bytes[173..] == ENCODED[173..];
         let sound = |request: &upstream::Received| !request.body.is_done() || same(&request.body.bytes);
         assert_eq!(fork.right.peek(index, sound), Some(true), "a damaged body reached a backend");
     }

@@ -181,15 +181,16 @@ async fn r06_an_answer_that_is_no_switch_is_an_answer() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r06_a_backend_that_fails_before_it_switches() {
-    let breaks: [(&str, Script, &[(&str, &str)], u16, &str); 4] = [
-        ("resets", vec![Step::Reset], &[], 502, "backend_error"),
-        ("closes", vec![Step::Close], &[], 502, "backend_error"),
-        ("breaks the head", vec![Step::Send("HTTP/1.1 101 Sw".into()), Step::Close], &[], 502, "backend_error"),
-        ("stalls", vec![Step::Hold(Gate::shut())], &[("PROXY_FIRST_BYTE_TIMEOUT", "300ms")], 504, "backend_timeout"),
+    let breaks: [(&str, Script); 4] = [
+        ("resets", vec![Step::Reset]),
+        ("closes", vec![Step::Close]),
+        ("breaks the head", vec![Step::Send("HTTP/1.1 101 Sw".into()), Step::Close]),
+        ("stalls", vec![Step::Hold(Gate::shut())]),
     ];
-    for (what, script, knobs, status, code) in breaks {
+    for (what, script) in breaks {
+        let (status, code) = if what == "stalls" { (504, "backend_timeout") } else { (502, "backend_error") };
         let upstream = echoing("a", &["m"]).await;
-        let app = TestApp::start_with_backends(knobs, &[&upstream]).await;
+        let app = TestApp::start_with_backends(&[("PROXY_FIRST_BYTE_TIMEOUT", "300ms")], &[&upstream]).await;
         upstream.script(script);
         let mut client = app.client().await;
         let answer = client.ask(&upgrade("/v1/realtime?model=m")).await;
@@ -269,6 +270,7 @@ async fn r06_control_endpoints_cannot_be_switched_to() {
 async fn r06_either_side_may_speak_at_any_time() {
     let (upstream, app) = one().await;
     let gate = Gate::shut();
+    let like_http = b"\x81\x00\r\n\r\nHTTP/1.1 200 OK\r\n\r\n";
     let script = [
         switching(),
         vec![
@@ -278,7 +280,7 @@ async fn r06_either_side_may_speak_at_any_time() {
             Step::Send("two".into()),
             Step::Send("three".into()),
             Step::ReadAtLeast(6),
-            Step::Send(b"\x81\x00\r\n\r\nHTTP/1.1 200 OK\r\n\r\n".to_vec().into()),
+            Step::Send(like_http.to_vec().into()),
         ],
     ];
     upstream.script(script.concat());
@@ -292,7 +294,7 @@ async fn r06_either_side_may_speak_at_any_time() {
     assert_eq!(client.raw(8).await, b"twothree");
     // What looks like HTTP is none any more.
     client.send("G").await;
-    assert_eq!(client.raw(25).await, b"\x81\x00\r\n\r\nHTTP/1.1 200 OK\r\n\r\n");
+    assert_eq!(client.raw(like_http.len()).await, like_http);
     client.send("ET /v1/realtime?model=m HTTP/1.1\r\n\r\n").await;
     eventually("it has arrived", async || arrived().await.ends_with(b"HTTP/1.1\r\n\r\n")).await;
     assert!(arrived().await.starts_with(b"\0abc\xffGET /v1"));
@@ -493,7 +495,6 @@ async fn r06_a_stopping_backend_keeps_what_has_switched() {
     for round in 0..10 {
         assert_flows(&mut client, &round.to_string()).await;
     }
-    app.inflight_is("a", "m", 1.0).await;
     assert_eq!(upstream.count(), 1);
 }
 
