@@ -16,7 +16,7 @@ STATIC_DIR := target/static
 BINARY     := dist/inference-proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-fast test-docker check fmt image image-test binary clean
+.PHONY: help demo demo-down test test-fast test-sdk test-docker check fmt image image-test binary clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -29,7 +29,7 @@ demo: ## Start the proxy and two demo backends in containers, and try them (DEMO
 demo-down: ## End the demo
 	@.ci/demo down
 
-test: test-fast test-docker ## Run every test; sets up Docker when it is missing
+test: test-fast test-sdk test-docker ## Run every test; sets up Docker when it is missing
 
 test-fast: ## Run the unit and integration tests; needs no Docker
 	@.ci/prepare rust
@@ -38,6 +38,12 @@ test-fast: ## Run the unit and integration tests; needs no Docker
 	else \
 	    set -x; cargo test --locked; \
 	fi
+
+# The binary as the integration tests build it: `cargo build` would take other features, and most of a build more.
+test-sdk: ## Run the official Python SDKs against the proxy
+	@.ci/prepare rust python
+	cargo test --locked --no-run --test it
+	.ci/sdk
 
 test-docker: image-test ## Run the tests against the real Docker Engine (DOCKER_TEST_THREADS=6)
 	@.ci/prepare compose

@@ -279,4 +279,13 @@ impl Refusal {
     pub(super) fn bad_request(param: Option<String>, message: String) -> Self {
         Self { status: StatusCode::BAD_REQUEST, kind: "Bad Request", message, param }
     }
+
+    pub(super) fn no_such_response(id: &str) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            kind: "invalid_request_error",
+            message: format!("Response with id '{id}' not found."),
+            param: Some("response_id".into()),
+        }
+    }
 }

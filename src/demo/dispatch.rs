@@ -3,6 +3,7 @@
 //! Bodies of answers are made elsewhere; what no endpoint understands is counted and remembered too.
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -14,6 +15,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header, request};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Incoming;
+use percent_encoding::percent_decode_str;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -21,13 +23,16 @@ use super::{
     body::{DemoBody, EventStream},
     call::Refusal,
     control::{Action, BodySeen, Hang, LastRequest, Settings},
-    infer::{Circumstances, Content, Task},
+    infer::{Circumstances, Content, Stored, Task},
     load::{Flight, Load},
     memory, shape,
 };
 
 /// Larger request bodies get 413.
 pub(super) const MAX_BODY_BYTES: usize = 64 << 20;
+
+/// So many responses are remembered, the latest.
+pub(super) const STORED_MAX: usize = 100;
 
 const SERVER: HeaderValue = HeaderValue::from_static("inference-proxy demo-backend");
 
@@ -44,6 +49,8 @@ pub(super) struct Shared {
     pub(super) load: Arc<Load>,
     /// Kept only with `--control`.
     last_request: Mutex<Option<LastRequest>>,
+    /// The latest last. Each backend knows its own only, like vLLM.
+    responses: Mutex<VecDeque<Stored>>,
     /// Cancelled when no new requests are taken any more.
     pub(super) closing: CancellationToken,
     /// Set when `/_ctl` has asked to exit.
@@ -59,6 +66,8 @@ enum Endpoint {
     Metrics,
     Control,
     Stats,
+    /// `GET /v1/responses/{id}`.
+    StoredResponse,
     Inference(Task),
 }
 
@@ -66,6 +75,8 @@ enum Endpoint {
 #[derive(Debug, thiserror::Error)]
 #[error("request abandoned: {0}")]
 pub(super) struct Abandoned(&'static str);
+
+const STORED_PREFIX: &str = "/v1/responses/";
 
 type Answered = Result<Response<DemoBody>, Abandoned>;
 
@@ -75,7 +86,7 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> A
     let (head, body) = request.into_parts();
     let endpoint = Endpoint::at(head.uri.path()).filter(|endpoint| shared.control || !endpoint.is_control());
     let mut response = match endpoint {
-        None | Some(Endpoint::Inference(_)) => {
+        None | Some(Endpoint::StoredResponse | Endpoint::Inference(_)) => {
             let mut response = counted(&shared, &settings, endpoint, &head, body).await?;
             if endpoint.is_some() {
                 response.headers_mut().insert("x-demo-backend", shared.name_header.clone());
@@ -124,6 +135,9 @@ async fn counted(
         return Ok(refuse(&too_large(), is_anthropic));
     };
     shared.remember_body(flight.number, &body);
+    if endpoint == Some(Endpoint::StoredResponse) && head.method == Method::GET {
+        return Ok(shared.stored_response(head.uri.path()));
+    }
     let Some(task) = task else {
         return Ok(json(StatusCode::NOT_FOUND, r#"{"detail":"Not Found"}"#));
     };
@@ -142,6 +156,9 @@ async fn counted(
         Err(refusal) => return Ok(refuse(&refusal, is_anthropic)),
     };
     drop(body);
+    if let Some(response) = answer.stored {
+        shared.store(response);
+    }
     if task.runs_model() {
         flight.admit(answer.prompt_tokens);
     }
@@ -241,6 +258,7 @@ impl Endpoint {
             "/metrics" => Self::Metrics,
             "/_ctl" => Self::Control,
             "/_stats" => Self::Stats,
+            path if path.starts_with(STORED_PREFIX) => Self::StoredResponse,
             path => Self::Inference(Task::at(path)?),
         })
     }
@@ -265,6 +283,7 @@ impl Shared {
             settings: ArcSwap::from_pointee(settings),
             load: Arc::default(),
             last_request: Mutex::default(),
+            responses: Mutex::default(),
             closing: CancellationToken::new(),
             exit: watch::Sender::new(None),
         }
@@ -310,6 +329,23 @@ impl Shared {
         let (requests, in_flight) = (self.load.requests(), self.load.in_flight());
         let stats = serde_json::json!({ "requests": requests, "in_flight": in_flight, "last_request": last_request });
         json(StatusCode::OK, stats.to_string())
+    }
+
+    fn store(&self, response: Stored) {
+        let mut responses = self.responses.lock().unwrap_or_else(PoisonError::into_inner);
+        if responses.len() == STORED_MAX {
+            responses.pop_front();
+        }
+        responses.push_back(response);
+    }
+
+    fn stored_response(&self, path: &str) -> Response<DemoBody> {
+        let id = percent_decode_str(path.strip_prefix(STORED_PREFIX).unwrap_or_default()).decode_utf8_lossy();
+        let responses = self.responses.lock().unwrap_or_else(PoisonError::into_inner);
+        match responses.iter().rfind(|stored| stored.id == id) {
+            Some(stored) => json(StatusCode::OK, stored.json.clone()),
+            None => refuse(&Refusal::no_such_response(&id), false),
+        }
     }
 
     fn remember(&self, number: u64, head: &request::Parts) {

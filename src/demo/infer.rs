@@ -11,6 +11,9 @@ use super::{
     shape::{self, Envelope, quoted},
 };
 
+/// Longer responses are not stored, in tokens.
+const STORED_TOKENS_MAX: u32 = 1000;
+
 /// What an inference endpoint does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Task {
@@ -33,6 +36,16 @@ pub(super) struct Answer {
     /// Tokens that a whole answer holds, or a stream will.
     pub(super) tokens: u32,
     pub(super) finished: Finished,
+    /// Set where it can be asked for again.
+    pub(super) stored: Option<Stored>,
+}
+
+/// A response that can be asked for by its id.
+#[derive(Debug, Clone)]
+pub(super) struct Stored {
+    pub(super) id: String,
+    /// All of it, as JSON, also where it was streamed.
+    pub(super) json: String,
 }
 
 /// The answer itself.
@@ -116,7 +129,12 @@ impl Task {
             }
             Self::Responses => {
                 let reply = call.reply_to_text("input", name, settings)?;
-                Ok(Answer::said(&call, &envelope, reply, shape::response, shape::response_events))
+                // Longer ones would make a store of a fixed number of responses a large one.
+                let is_stored = call.get("store") != Some(false) && reply.tokens <= STORED_TOKENS_MAX;
+                let stored = is_stored
+                    .then(|| Stored { id: shape::response_id(&envelope), json: shape::response(&envelope, &reply) });
+                let answer = Answer::said(&call, &envelope, reply, shape::response, shape::response_events);
+                Ok(Answer { stored, ..answer })
             }
             Self::CountTokens => whole(format!(r#"{{"input_tokens":{prompt_tokens}}}"#)),
             Self::Embeddings => whole(pooling::embeddings(&envelope, &call)?),
@@ -144,7 +162,7 @@ impl Task {
 
 impl Answer {
     fn whole(json: String, prompt_tokens: u64) -> Self {
-        Self { content: Content::Whole(json), prompt_tokens, tokens: 0, finished: Finished::Stop }
+        Self { content: Content::Whole(json), prompt_tokens, tokens: 0, finished: Finished::Stop, stored: None }
     }
 
     fn said(
@@ -159,6 +177,6 @@ impl Answer {
             true => Content::Stream(events(envelope, reply)),
             false => Content::Whole(whole(envelope, &reply)),
         };
-        Self { content, prompt_tokens: envelope.prompt_tokens, tokens, finished }
+        Self { content, prompt_tokens: envelope.prompt_tokens, tokens, finished, stored: None }
     }
 }

@@ -248,6 +248,11 @@ fn anthropic_stop(reply: &Reply) -> &'static str {
 
 // === responses ===
 
+/// The id of a response, as its answer and its events carry it.
+pub(super) fn response_id(envelope: &Envelope) -> String {
+    format!("resp_{}", envelope.id)
+}
+
 pub(super) fn response(envelope: &Envelope, reply: &Reply) -> String {
     let item = output_item(envelope, &reply.text());
     response_object(envelope, Some((reply, &item)))
@@ -291,7 +296,7 @@ fn numbered(name: &str, rest: &str, number: u32) -> String {
 
 /// A response, before its output or with it.
 fn response_object(envelope: &Envelope, output: Option<(&Reply, &str)>) -> String {
-    let (id, model) = (quoted(&format!("resp_{}", envelope.id)), quoted(&envelope.model));
+    let (id, model) = (quoted(&response_id(envelope)), quoted(&envelope.model));
     let created = envelope.created;
     let incomplete = r#"{"reason":"max_output_tokens"}"#;
     let (status, incomplete, item, usage) = match output {

@@ -16,7 +16,7 @@ use super::{
     body::{DemoBody, Event, EventStream},
     call::{self, Call},
     control::MAX_TOKENS,
-    dispatch::MAX_BODY_BYTES,
+    dispatch::{MAX_BODY_BYTES, STORED_MAX},
     infer::{self, Circumstances, Content, Task},
     load::{Finished, Flight, Load},
     *,
@@ -306,6 +306,26 @@ async fn streams_a_response_with_numbered_events() {
     assert_eq!(events[6]["text"], "Hello from");
     assert_eq!(events[9]["response"]["usage"], whole["usage"]);
     assert_eq!(events[9]["response"]["status"], "incomplete");
+}
+
+#[tokio::test]
+async fn remembers_the_latest_responses() {
+    let demo = start(options()).await;
+    let request = json!({"model": "demo", "input": "hi"});
+    let whole = demo.post("/v1/responses", request.clone()).await.json();
+    let path = |response: &Value| format!("/v1/responses/{}", response["id"].as_str().unwrap());
+    assert_eq!(demo.get(&path(&whole)).await.json(), whole);
+    let events = demo.events("/v1/responses", with(request.clone(), json!({"stream": true}))).await;
+    let completed = &data(events.last().unwrap())["response"];
+    assert_eq!(demo.get(&path(completed)).await.json(), *completed);
+
+    let unstored = demo.post("/v1/responses", with(request.clone(), json!({"store": false}))).await.json();
+    assert_eq!(demo.get(&path(&unstored)).await.status, 404);
+    for _ in 0..STORED_MAX {
+        demo.post("/v1/responses", request.clone()).await;
+    }
+    let forgotten = demo.get(&path(&whole)).await;
+    assert_eq!((forgotten.status, &forgotten.json()["error"]["param"]), (404, &json!("response_id")));
 }
 
 #[tokio::test]
