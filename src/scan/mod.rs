@@ -35,6 +35,8 @@ pub struct ModelScanner {
     failure: Option<ScanError>,
 }
 
+// Nearly every body is JSON, and is to be scanned without an allocation.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 enum Format {
     Json(JsonScanner),

@@ -101,7 +101,8 @@ async fn race(idle: Duration, clients: u64, time: Duration) {
     println!(
         "p08: idle limit {idle:?}: {asked} requests, 0 failed; {connections} connections, {closed} closed by the backend"
     );
-    assert!(asked > 0 && closed > 0, "there was no race");
+    // Where the proxy is the first to close, there is nothing to race with.
+    assert!(asked > 0 && (closed > 0 || idle > Duration::from_secs(3)), "there was no race");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

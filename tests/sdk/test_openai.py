@@ -102,8 +102,6 @@ def test_streams_a_response(gpt: openai.OpenAI):
     assert len(words) == 16
 
 
-# Once it passes, the run fails with "XPASS(strict)": then this mark goes.
-@pytest.mark.xfail(reason="the proxy does not know yet which backend made a response", raises=openai.BadRequestError)
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_retrieves_a_response_from_the_backend_that_made_it(gpt: openai.OpenAI, streamed: bool):
     # Each backend knows its own responses only. Two could have made each: by luck this passes once in 256 times.
