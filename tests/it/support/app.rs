@@ -6,6 +6,7 @@ use std::{
     env,
     io::Read,
     net::SocketAddr,
+    path::Path,
     process::Stdio,
     sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
@@ -291,14 +292,28 @@ fn sum_of_series(page: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64>
 /// Variables that tell the child what to be.
 const CHILD_BACKENDS: &str = "IT_PROXY_BACKENDS";
 const CHILD_KNOBS: &str = "IT_PROXY_KNOBS";
+const CHILD_LOGS: &str = "IT_PROXY_LOGS";
 const CHILD_SAYS: &str = "proxy listens on ";
 
 impl ProxyProcess {
     /// Starts this very test binary again, with nothing to do but `proxy_process` below.
     pub(crate) async fn start(knobs: &[(&str, &str)], upstreams: &[&Upstream]) -> Self {
+        Self::spawn(knobs, upstreams, None).await
+    }
+
+    /// The same, with everything there is to log in this file.
+    pub(crate) async fn start_logged(knobs: &[(&str, &str)], upstreams: &[&Upstream], log: &Path) -> Self {
+        Self::spawn(knobs, upstreams, Some(log)).await
+    }
+
+    async fn spawn(knobs: &[(&str, &str)], upstreams: &[&Upstream], log: Option<&Path>) -> Self {
         let backends: Vec<String> = upstreams.iter().map(|one| format!("{}={}", one.name, one.addr)).collect();
         let knobs: Vec<String> = knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let mut child = Command::new(env::current_exe().unwrap())
+        let mut command = Command::new(env::current_exe().unwrap());
+        if let Some(log) = log {
+            command.env(CHILD_LOGS, "1").stderr(std::fs::File::create(log).unwrap());
+        }
+        let mut child = command
             .args(["support::app::proxy_process", "--exact", "--ignored", "--nocapture"])
             .env(CHILD_BACKENDS, backends.join(","))
             .env(CHILD_KNOBS, knobs.join(","))
@@ -376,6 +391,9 @@ async fn proxy_process() {
     let Ok(backends) = env::var(CHILD_BACKENDS) else { return };
     let knobs = env::var(CHILD_KNOBS).unwrap();
     let knobs: Vec<(&str, &str)> = knobs.split(',').filter_map(|knob| knob.split_once('=')).collect();
+    if env::var(CHILD_LOGS).is_ok() {
+        inference_proxy::telemetry::log::init("trace", None);
+    }
     let app = TestApp::start_with(&knobs).await;
     for backend in backends.split(',') {
         let (name, addr) = backend.split_once('=').unwrap();
