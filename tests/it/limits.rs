@@ -325,6 +325,33 @@ async fn r09_without_close_a_connection_stays() {
     assert_eq!(client.ask(&Request::get("/healthz")).await.status, 200);
 }
 
+/// A refusal that needs no more of a body is given at once, and the rest of the body, when it comes, harms nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_an_early_refusal_costs_no_connection_unless_it_says_so() {
+    let (upstream, app) = one().await;
+    for chunked in [false, true] {
+        let body = br#"{"model":"unheard","messages":[{"role":"user","content":"the rest of it"}]}"#;
+        let request = match chunked {
+            false => Request::post("/v1/chat/completions", body),
+            true => Request::new("POST", "/v1/chat/completions").chunks(body.chunks(20)),
+        };
+        let wire = request.bytes();
+        let cut = request.head_bytes().len() + 40;
+        let mut client = app.client().await;
+        client.send(&wire[..cut]).await;
+        let refusal = client.answer().await;
+        assert_openai_error(&refusal, 404, "model_not_found");
+        let sent = client.try_send([&wire[cut..], &Request::chat("m").bytes()].concat()).await;
+        if refusal.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close")) {
+            continue;
+        }
+        sent.expect("a connection that is not said to close stays");
+        let next = client.next_answer(false).await.expect("a connection that is not said to close stays");
+        assert_eq!(next.status, 200, "chunked {chunked}: {}", next.text());
+    }
+    assert!(upstream.count() <= 2);
+}
+
 // === HEAD ===
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

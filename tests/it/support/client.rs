@@ -227,6 +227,15 @@ impl Client {
         self.finish().await
     }
 
+    /// The next answer, to a HEAD request or to any other.
+    ///
+    /// # Errors
+    /// How the connection ended, when it did so without an answer.
+    pub(crate) async fn next_answer(&mut self, to_head: bool) -> Result<Answer, End> {
+        self.to_head = to_head;
+        self.try_answer().await
+    }
+
     async fn try_answer(&mut self) -> Result<Answer, End> {
         self.try_head().await?;
         Ok(self.finish().await)
@@ -267,14 +276,24 @@ impl Client {
 
     /// Sends these bytes while other things happen on the connection.
     pub(crate) fn send_aside(&self, bytes: impl Into<Bytes>) -> Sending {
-        let (stream, mut bytes) = (Arc::clone(&self.stream), bytes.into());
+        self.send_pieces_aside(vec![bytes.into()], Duration::ZERO)
+    }
+
+    /// Sends the pieces while other things happen on the connection, each in a TCP segment of its own, `gap` apart.
+    pub(crate) fn send_pieces_aside(&self, pieces: Vec<Bytes>, gap: Duration) -> Sending {
+        let stream = Arc::clone(&self.stream);
         let sent_len = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&sent_len);
         let task = tokio::spawn(async move {
-            while !bytes.is_empty() {
-                let n = write_some(&stream, &bytes).await?;
-                bytes.advance(n);
-                count.fetch_add(n, Ordering::Relaxed);
+            for (index, mut bytes) in pieces.into_iter().enumerate() {
+                if index > 0 && !gap.is_zero() {
+                    tokio::time::sleep(gap).await;
+                }
+                while !bytes.is_empty() {
+                    let n = write_some(&stream, &bytes).await?;
+                    bytes.advance(n);
+                    count.fetch_add(n, Ordering::Relaxed);
+                }
             }
             Ok(())
         });
@@ -283,7 +302,11 @@ impl Client {
 
     /// Says that no more will be sent, and goes on reading.
     pub(crate) fn half_close(&self) {
-        SockRef::from(&*self.stream).shutdown(Shutdown::Write).unwrap();
+        match SockRef::from(&*self.stream).shutdown(Shutdown::Write) {
+            // The other side was faster.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
+            shut => shut.unwrap(),
+        }
     }
 
     /// Ends the connection in an orderly way, and says when.
