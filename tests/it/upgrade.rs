@@ -270,6 +270,7 @@ async fn r06_control_endpoints_cannot_be_switched_to() {
 async fn r06_either_side_may_speak_at_any_time() {
     let (upstream, app) = one().await;
     let gate = Gate::shut();
+    let like_http = b"\x81\x00\r\n\r\nHTTP/1.1 200 OK\r\n\r\n";
     let script = [
         switching(),
         vec![
@@ -279,7 +280,7 @@ async fn r06_either_side_may_speak_at_any_time() {
             Step::Send("two".into()),
             Step::Send("three".into()),
             Step::ReadAtLeast(6),
-            Step::Send(b"\x81\x00\r\n\r\nHTTP/1.1 200 OK\r\n\r\n".to_vec().into()),
+            Step::Send(like_http.to_vec().into()),
         ],
     ];
     upstream.script(script.concat());
@@ -293,7 +294,7 @@ async fn r06_either_side_may_speak_at_any_time() {
     assert_eq!(client.raw(8).await, b"twothree");
     // What looks like HTTP is none any more.
     client.send("G").await;
-    assert_eq!(client.raw(25).await, b"\x81\x00\r\n\r\nHTTP/1.1 200 OK\r\n\r\n");
+    assert_eq!(client.raw(like_http.len()).await, like_http);
     client.send("ET /v1/realtime?model=m HTTP/1.1\r\n\r\n").await;
     eventually("it has arrived", async || arrived().await.ends_with(b"HTTP/1.1\r\n\r\n")).await;
     assert!(arrived().await.starts_with(b"\0abc\xffGET /v1"));
@@ -494,7 +495,6 @@ async fn r06_a_stopping_backend_keeps_what_has_switched() {
     for round in 0..10 {
         assert_flows(&mut client, &round.to_string()).await;
     }
-    app.inflight_is("a", "m", 1.0).await;
     assert_eq!(upstream.count(), 1);
 }
 
