@@ -304,6 +304,7 @@ async fn r01_a_gzip_body_that_names_no_model_or_two_is_refused() {
         let anthropic = Request::post("/v1/messages", &body).header("content-encoding", "gzip");
         assert_eq!(assert_anthropic_error(&fork.app.ask(&anthropic).await, 400), "invalid_request_error", "{what}");
     }
+    assert_eq!(fork.right.count() + fork.wrong.count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -360,8 +361,8 @@ async fn r01_a_gzip_body_that_is_damaged_is_refused() {
     for bit in 0..ENCODED.len() * 8 {
         let mut body = ENCODED.to_vec();
         body[bit / 8] ^= 1 << (bit % 8);
-        // Time, level and system say nothing, FTEXT is only a hint, and two bits fill the last byte before the sum.
-        let harmless = (32..80).contains(&bit) || [24, 1382, 1383].contains(&bit);
+        // Time, level and system say nothing; FTEXT is only a hint.
+        let harmless = (32..80).contains(&bit) || bit == 24;
         let answer = client.ask(&coded("gzip", &body)).await;
         if bit / 8 == PADDED {
             assert!([200, 400].contains(&answer.status), "bit {bit}: {}", answer.text());
