@@ -495,6 +495,7 @@ async fn r06_a_stopping_backend_keeps_what_has_switched() {
     for round in 0..10 {
         assert_flows(&mut client, &round.to_string()).await;
     }
+    app.inflight_is("a", "m", 1.0).await;
     assert_eq!(upstream.count(), 1);
 }
 
