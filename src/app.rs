@@ -13,8 +13,11 @@ use std::{
 
 use http_body_util::Full;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
-use tokio::{sync::mpsc, time::sleep};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::sleep,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -30,6 +33,10 @@ use crate::{
 
 /// Questions to the registry on their way.
 const ASKS_MAX: usize = 64;
+/// Connections at a time on the admin port.
+const ADMIN_CONNECTIONS_MAX: usize = 256;
+/// Time for a request's head on the admin port, and for idling between requests.
+const ADMIN_HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long connections are still accepted once readiness says no: whoever balances over several proxies needs a moment to
 /// notice.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -178,7 +185,9 @@ impl App {
 }
 
 async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: TaskTracker) {
-    loop {
+    let room = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
+    // It is never closed.
+    while let Ok(place) = room.clone().acquire_owned().await {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -193,7 +202,10 @@ async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: Tas
             async move { Ok::<_, Infallible>(admin.handle(&request).await.map(Full::new)) }
         });
         tasks.spawn(async move {
-            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let mut server = hyper::server::conn::http1::Builder::new();
+            server.timer(TokioTimer::new()).header_read_timeout(ADMIN_HEAD_TIMEOUT);
+            let _ = server.serve_connection(TokioIo::new(stream), service).await;
+            drop(place);
         });
     }
 }

@@ -109,6 +109,12 @@ pub enum ProxyError {
         /// Attempts in all.
         attempts: u32,
     },
+    /// The backend broke off in the middle of its answer.
+    #[error("backend `{backend}` broke off its answer; nothing more of it will come")]
+    BrokenOff {
+        /// Container name.
+        backend: String,
+    },
     /// A time limit that the user set ran out before the first byte.
     #[error("backend `{backend}` gave no answer within {limit:?} ({knob})")]
     BackendTimeout {
@@ -138,7 +144,7 @@ impl ProxyError {
             ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
             ProxyError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            ProxyError::Backend { .. } => StatusCode::BAD_GATEWAY,
+            ProxyError::Backend { .. } | ProxyError::BrokenOff { .. } => StatusCode::BAD_GATEWAY,
             ProxyError::BackendTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -156,7 +162,7 @@ impl ProxyError {
             ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => "model_unavailable",
             ProxyError::Overloaded { .. } => "overloaded",
             ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => "request_too_large",
-            ProxyError::Backend { .. } => "backend_error",
+            ProxyError::Backend { .. } | ProxyError::BrokenOff { .. } => "backend_error",
             ProxyError::BackendTimeout { .. } => "backend_timeout",
         }
     }
@@ -258,6 +264,7 @@ mod tests {
             (ProxyError::Overloaded { what: text() }, 429, "overloaded"),
             (ProxyError::TooLarge { limit_bytes: 1, knob: "PROXY_MAX_BODY" }, 413, "request_too_large"),
             (ProxyError::Backend { backend: text(), what: "refused", attempts: 1 }, 502, "backend_error"),
+            (ProxyError::BrokenOff { backend: text() }, 502, "backend_error"),
             (
                 ProxyError::BackendTimeout { backend: text(), limit: Duration::from_secs(1), knob: "K" },
                 504,

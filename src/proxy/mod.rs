@@ -190,6 +190,7 @@ impl Proxy {
                 Next::Request => {}
                 Next::End => return client.abort(false),
                 Next::Nonsense(error) => {
+                    tracing::debug!(client = %client_ip, %error, "sent what is no request");
                     refuse_connection(&mut client, &unreadable(error)).await;
                     return client.close().await;
                 }
@@ -386,7 +387,7 @@ impl Proxy {
         loop {
             exchange.attempts += 1;
             let backend = in_flight.backend();
-            let idle = if fresh_only { None } else { backend.upstream.lease_idle(exchange.started()) };
+            let idle = if fresh_only { None } else { backend.upstream.lease_idle(Instant::now()) };
             let leased = match idle {
                 Some(lease) => Ok(lease),
                 None => client.unless_gone(backend.upstream.lease_fresh()).await?,
@@ -598,8 +599,10 @@ impl Proxy {
                 After::Abort { by_reset: false }
             }
             Relayed::Cut(why) => {
-                let event = can_add_events
-                    .then(|| broken_off(backend, &exchange).stream_event(asked.dialect, asked.head.path()));
+                let event = (can_add_events && why != Cut::Request).then(|| {
+                    let error = ProxyError::BrokenOff { backend: backend.spec.name.clone() };
+                    error.stream_event(asked.dialect, asked.head.path())
+                });
                 tracing::warn!(
                     container = %backend.spec.name, model = %in_flight.model().id, request_id = exchange.request_id(), %why,
                     "answer cut"
@@ -803,14 +806,6 @@ fn nobody_meant(id: Option<&str>) -> ProxyError {
     let message =
         format!("{what}, and several backends are live: name one's model in the body, or in the query as `?model=`");
     ProxyError::BadRequest { code: "model_required", message }
-}
-
-fn broken_off(backend: &Backend, exchange: &Exchange<'_>) -> ProxyError {
-    ProxyError::Backend {
-        backend: backend.spec.name.clone(),
-        what: "broke off its answer; nothing more of it will come",
-        attempts: exchange.attempts,
-    }
 }
 
 /// In whose shape this client reads errors.
