@@ -417,3 +417,146 @@ impl Closing {
         self.has_begun.load(Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+    use tokio_util::sync::CancellationToken;
+
+    const HEAD: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+
+    struct Shutdown(Arc<AtomicBool>, CancellationToken);
+
+    impl Shutdown {
+        fn begin(&self) {
+            self.0.store(true, Relaxed);
+            self.1.cancel();
+        }
+    }
+
+    /// A client, the other end of its connection, and how to shut the proxy down.
+    fn connected() -> (Client<DuplexStream>, DuplexStream, Shutdown) {
+        let (here, there) = tokio::io::duplex(64 * 1024);
+        let shutdown = Shutdown(Arc::default(), CancellationToken::new());
+        let closing = Closing::new(shutdown.0.clone(), shutdown.1.clone().cancelled_owned());
+        (Client::new(here, Vec::new(), closing), there, shutdown)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_are_read_one_after_the_other() {
+        let (mut client, mut peer, _shutdown) = connected();
+        let mut head = RequestHead::default();
+        peer.write_all(&[HEAD, HEAD].concat()).await.unwrap();
+        for _ in 0..2 {
+            assert!(matches!(client.next(&mut head).await, Next::Request));
+        }
+        drop(peer);
+        assert!(matches!(client.next(&mut head).await, Next::End));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_between_requests_has_an_end() {
+        let (mut client, mut peer, _shutdown) = connected();
+        let mut head = RequestHead::default();
+        for _ in 0..2 {
+            // However late a request comes, the next one has all of its time again.
+            let since = Instant::now();
+            tokio::join!(async { assert!(matches!(client.next(&mut head).await, Next::Request)) }, async {
+                tokio::time::sleep(IDLE_TIMEOUT - Duration::from_secs(1)).await;
+                peer.write_all(HEAD).await.unwrap();
+            });
+            assert_eq!(since.elapsed(), IDLE_TIMEOUT - Duration::from_secs(1));
+        }
+        let since = Instant::now();
+        assert!(matches!(client.next(&mut head).await, Next::End));
+        assert!(
+            (IDLE_TIMEOUT..IDLE_TIMEOUT + Duration::from_secs(1)).contains(&since.elapsed()),
+            "{:?}",
+            since.elapsed()
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_drips_has_an_end_however_it_drips() {
+        let (mut client, mut peer, _shutdown) = connected();
+        let mut head = RequestHead::default();
+        let since = Instant::now();
+        let dripping = async {
+            for byte in b"GET / HTTP/1.1\r\nx: ".iter().chain(&[b'y'; 200]) {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                if peer.write_all(&[*byte]).await.is_err() {
+                    break;
+                }
+            }
+        };
+        tokio::select! {
+            next = client.next(&mut head) => assert!(matches!(next, Next::TooSlow), "{next:?}"),
+            () = dripping => panic!("it was listened to for ever"),
+        }
+        let limit = HEAD_TIMEOUT + Duration::from_secs(1);
+        assert!((limit..limit + Duration::from_secs(1)).contains(&since.elapsed()), "{:?}", since.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_may_take_for_ever_but_not_stand_still() {
+        let (mut client, mut peer, _shutdown) = connected();
+        for _ in 0..100 {
+            tokio::join!(async { assert_eq!(client.more_body().await, Ok(BodyWait::More)) }, async {
+                tokio::time::sleep(BODY_TIMEOUT - Duration::from_secs(1)).await;
+                peer.write_all(b"x").await.unwrap();
+            });
+        }
+        assert_eq!(client.unread().len(), 100);
+        let since = Instant::now();
+        assert_eq!(client.more_body().await, Ok(BodyWait::TooSlow));
+        assert!(
+            (BODY_TIMEOUT..BODY_TIMEOUT + Duration::from_secs(1)).contains(&since.elapsed()),
+            "{:?}",
+            since.elapsed()
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shutdown_ends_what_waits_at_once_and_what_has_begun_soon() {
+        for (begun, within) in [(&b""[..], Duration::from_millis(10)), (b"GET / HT", HEAD_TIMEOUT_AT_SHUTDOWN * 2)] {
+            let (mut client, mut peer, shutdown) = connected();
+            let mut head = RequestHead::default();
+            peer.write_all(begun).await.unwrap();
+            let mut waiting = Box::pin(client.next(&mut head));
+            assert!(futures::poll!(&mut waiting).is_pending());
+            assert!(futures::poll!(&mut waiting).is_pending());
+            let since = Instant::now();
+            shutdown.begin();
+            assert!(matches!(waiting.await, Next::End));
+            assert!(since.elapsed() <= within, "{:?}", since.elapsed());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_sends_ahead_is_held_back_and_its_leaving_is_noticed() {
+        let (mut client, mut peer, _shutdown) = connected();
+        peer.write_all(&[b'x'; 3 * AHEAD_BYTES_MAX]).await.unwrap();
+        drop(peer);
+        for _ in 0..3 {
+            let mut waiting = Box::pin(client.unless_gone(std::future::pending::<()>()));
+            assert!(futures::poll!(&mut waiting).is_pending(), "there is more to come");
+            drop(waiting);
+            assert_eq!(client.unread().len(), AHEAD_BYTES_MAX);
+            client.take(AHEAD_BYTES_MAX);
+        }
+        assert_eq!(client.unless_gone(std::future::pending::<()>()).await, Err(Gone));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_lets_the_client_read_what_was_sent_to_it() {
+        let (mut client, mut peer, _shutdown) = connected();
+        client.outbox().extend_from_slice(b"answer");
+        let closing = tokio::spawn(client.close());
+        let mut got = Vec::new();
+        peer.read_to_end(&mut got).await.unwrap();
+        assert_eq!(got, b"answer");
+        drop(peer);
+        closing.await.unwrap();
+    }
+}
