@@ -12,7 +12,7 @@ use crate::http1::{
 /// What is added to a request on its way to a backend.
 #[derive(Debug, Clone, Copy)]
 pub struct ToBackend<'a> {
-    /// Prefix of the backend's API, if the path begins with `/v1` and that is not its prefix.
+    /// Prefix of the backend's API, if the path is below `/v1` and that is not its prefix.
     pub base_path: Option<&'a str>,
     /// Value of `Host`.
     pub authority: &'a str,
@@ -342,6 +342,17 @@ mod tests {
         let sent = sent(text, "192.0.2.7", None);
         assert_eq!(sent.matches("ontent-length: 5").count(), 1, "{sent}");
         assert_eq!(sent.matches("host: 10.0.0.1:8000").count(), 1, "{sent}");
+    }
+
+    #[test]
+    fn connection_cannot_name_away_how_the_body_is_read_or_whom_it_is_from() {
+        let text = "POST /v1/x HTTP/1.1\nContent-Type: a\nContent-Encoding: gzip\nX-Forwarded-For: 198.51.100.1\n\
+                    X-Forwarded-Host: b\nX-Forwarded-Proto: https\nX-Request-Id: theirs\nConnection: content-type, \
+                    Content-Encoding, x-forwarded-for, x-forwarded-host, x-forwarded-proto, x-request-id\n\n";
+        let expect = "POST /v1/x HTTP/1.1\nhost: 10.0.0.1:8000\nContent-Type: a\nContent-Encoding: gzip\n\
+                      X-Forwarded-For: 198.51.100.1, 192.0.2.7\nX-Forwarded-Host: b\nX-Forwarded-Proto: https\n\
+                      X-Request-Id: theirs\n\n";
+        assert_eq!(sent(text, "192.0.2.7", None), expect);
     }
 
     #[test]
