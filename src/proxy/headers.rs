@@ -149,12 +149,16 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
     push_status(out, head.status.as_u16(), head.reason());
     let lines = &head.lines;
     let names_others = connection_names_others(lines);
+    // Chunks override a length, which may stand beside them (RFC 9112, 6.3).
+    let mut may_say_length =
+        to.framing == Delivery::AsIs && head.framing != Framing::Chunked && may_have_length(head.status);
     for header in lines.iter() {
         match header.known {
             Known::Upgrade if to.connection == Persistence::Upgrade => {}
             known if known.is_hop_by_hop() => continue,
             _ if names_others && lines.is_named_by_connection(&header) => continue,
-            Known::ContentLength if to.framing != Delivery::AsIs => continue,
+            // Two equal ones may come; one goes.
+            Known::ContentLength if !std::mem::replace(&mut may_say_length, false) => continue,
             Known::AllowOrigin if to.origin.is_some() => continue,
             Known::Location => {
                 let here = hide_backend(header.value, to.authority, to.base_path);
@@ -180,8 +184,11 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
 /// Appends an interim answer.
 pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead) {
     push_status(out, head.status.as_u16(), head.reason());
-    for header in head.lines.iter().filter(|header| !header.known.is_hop_by_hop()) {
-        push_line(out, header.name, header.value);
+    for header in head.lines.iter() {
+        let ends_here = header.known.is_hop_by_hop() || head.lines.is_named_by_connection(&header);
+        if !ends_here && header.known != Known::ContentLength {
+            push_line(out, header.name, header.value);
+        }
     }
     out.extend_from_slice(b"\r\n");
 }
@@ -200,7 +207,7 @@ pub fn push_own(
     for (name, value) in headers {
         push_line(out, name.as_str().as_bytes(), value.as_bytes());
     }
-    if status != http::StatusCode::NO_CONTENT {
+    if may_have_length(status) {
         push_length(out, length as u64);
     }
     push_line(out, b"x-request-id", request_id);
@@ -231,6 +238,11 @@ fn connection_names_others(lines: &Lines) -> bool {
             !(token.is_empty() || token.eq_ignore_ascii_case(b"keep-alive") || token.eq_ignore_ascii_case(b"close"))
         })
     })
+}
+
+/// Whether an answer with this status may say the length of a body (RFC 9110, 8.6).
+fn may_have_length(status: http::StatusCode) -> bool {
+    !status.is_informational() && status != http::StatusCode::NO_CONTENT
 }
 
 fn is_trailer(header: &Header<'_>) -> bool {
@@ -418,6 +430,29 @@ mod tests {
         );
         let until_close = answered(text, Delivery::UntilClose, Persistence::Close, None);
         assert!(!until_close.contains("Trailer") && !until_close.contains("chunked"), "{until_close}");
+    }
+
+    #[test]
+    fn an_answer_says_its_length_once_and_only_if_it_can_have_one() {
+        for (text, lengths) in [
+            ("HTTP/1.1 200 OK\nContent-Length: 5\ncontent-length: 5\n\n", 1),
+            // To HEAD, or with 304: both say what would have come.
+            ("HTTP/1.1 200 OK\nContent-Length: 5\nTransfer-Encoding: chunked\n\n", 0),
+            ("HTTP/1.1 204 No Content\nContent-Length: 5\n\n", 0),
+            ("HTTP/1.1 101 x\nUpgrade: websocket\nContent-Length: 5\n\n", 0),
+        ] {
+            let sent = answered(text, Delivery::AsIs, Persistence::Unsaid, None);
+            assert_eq!(sent.to_ascii_lowercase().matches("content-length").count(), lengths, "{sent}");
+        }
+    }
+
+    #[test]
+    fn interim_answers_have_no_body_and_lose_the_lines_of_their_connection() {
+        let text = "HTTP/1.1 103 Early Hints\nLink: a\nContent-Length: 5\nTransfer-Encoding: chunked\nConnection: x-hop\n\
+                    X-Hop: 1\n\n";
+        let mut out = Vec::new();
+        push_interim(&mut out, &ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap());
+        assert_eq!(out, b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n");
     }
 
     #[test]
