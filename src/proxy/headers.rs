@@ -284,15 +284,16 @@ fn push_ip(out: &mut Vec<u8>, ip: IpAddr) {
 /// Makes a redirect to the backend itself one to the same place here: its address means nothing to the client, and its
 /// base path stands for `/v1`. `None` if it leads elsewhere.
 fn hide_backend(location: &[u8], authority: &str, base_path: &str) -> Option<Vec<u8>> {
-    let location = std::str::from_utf8(location).ok()?;
-    let rest = location.strip_prefix("http:").unwrap_or(location).strip_prefix("//")?;
-    let path = rest.strip_prefix(authority).filter(|path| path.is_empty() || path.starts_with(['/', '?']))?;
-    let here = match path.strip_prefix(base_path) {
-        Some(rest) if rest.starts_with('/') => format!("/v1{rest}"),
-        _ if path.starts_with('/') => path.to_owned(),
-        _ => format!("/{path}"),
-    };
-    Some(here.into_bytes())
+    let rest = location.strip_prefix(b"http:").unwrap_or(location).strip_prefix(b"//")?;
+    let path = rest.strip_prefix(authority.as_bytes()).filter(|path| matches!(path, [] | [b'/' | b'?' | b'#', ..]))?;
+    match path.strip_prefix(base_path.as_bytes()) {
+        Some(rest) if rest.starts_with(b"/") => Some([b"/v1", rest].concat()),
+        // One slash: behind two, a browser expects a host, and takes a backslash for one.
+        _ => {
+            let slashes = path.iter().take_while(|byte| matches!(byte, b'/' | b'\\')).count();
+            Some([b"/", &path[slashes..]].concat())
+        }
+    }
 }
 
 #[cfg(test)]
@@ -461,6 +462,10 @@ mod tests {
             ("http://10.0.0.1:8000/api/v1/models/?x=1", "/v1/models/?x=1"),
             ("//10.0.0.1:8000/docs", "/docs"),
             ("http://10.0.0.1:8000", "/"),
+            ("http://10.0.0.1:8000#x", "/#x"),
+            ("http://10.0.0.1:8000//example.org/x", "/example.org/x"),
+            ("http://10.0.0.1:8000/\\example.org/x", "/example.org/x"),
+            ("http://10.0.0.1:8000/api/v1//x", "/v1//x"),
             ("http://10.0.0.1:80001/x", "http://10.0.0.1:80001/x"),
             ("https://example.org/x", "https://example.org/x"),
             ("/api/v1/x", "/api/v1/x"),
@@ -469,6 +474,9 @@ mod tests {
             let sent = answered(&text, Delivery::AsIs, Persistence::Unsaid, None);
             assert!(sent.contains(&format!("\nLocation: {to}\n")), "{from}: {sent}");
         }
+        // Nor if they hold something that is not UTF-8.
+        let hidden = hide_backend(b"http://10.0.0.1:8000/\xe9", "10.0.0.1:8000", "/v1");
+        assert_eq!(hidden.as_deref(), Some(&b"/\xe9"[..]));
     }
 
     #[test]
