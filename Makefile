@@ -6,6 +6,7 @@ MAKEFLAGS   += --no-print-directory
 IMAGE               ?= inference-proxy:latest
 TEST_IMAGE          ?= inference-proxy:test
 DOCKER_TEST_THREADS ?= 6
+export FUZZ_SECONDS ?= 60
 export DEMO_PORT    ?= 8080
 
 # The binary for images: static, for this machine's architecture. Its own target directory, because other RUSTFLAGS
@@ -16,7 +17,7 @@ STATIC_DIR := target/static
 BINARY     := dist/inference-proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-fast test-sdk test-docker check fmt image image-test binary clean
+.PHONY: help demo demo-down test test-fast test-sdk test-docker fuzz check fmt image image-test binary clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
@@ -49,6 +50,10 @@ test-docker: image-test ## Run the tests against the real Docker Engine (DOCKER_
 	@.ci/prepare compose
 	DOCKER_REQUIRED=1 INFERENCE_PROXY_IMAGE=$(TEST_IMAGE) \
 	    cargo test --locked --test docker -- --test-threads=$(DOCKER_TEST_THREADS) --show-output
+
+fuzz: ## Fuzz what reads foreign bytes, each target for a while (FUZZ_SECONDS=60)
+	@.ci/prepare rust
+	@.ci/fuzz
 
 # `--all-targets` leaves out a target that plain `cargo test` does not run, so the Docker suite is named.
 check: ## Check formatting, lints, documentation, licences

@@ -114,6 +114,21 @@ impl Known {
                 | Known::Upgrade
         )
     }
+
+    /// Says where the body ends, how it is to be read, or on whose behalf: never ends at a connection.
+    fn is_for_every_reader(self) -> bool {
+        matches!(
+            self,
+            Known::ContentEncoding
+                | Known::ContentLength
+                | Known::ContentType
+                | Known::Host
+                | Known::XForwardedFor
+                | Known::XForwardedHost
+                | Known::XForwardedProto
+                | Known::XRequestId
+        )
+    }
 }
 
 /// Where a stretch of bytes is in a head.
@@ -255,9 +270,10 @@ impl Lines {
         self.all(known).any(|value| tokens(value).any(|t| t.eq_ignore_ascii_case(token.as_bytes())))
     }
 
-    /// Whether a `Connection` line names this header, so that it ends here. Framing is not the sender's to take away.
+    /// Whether a `Connection` line names this header, so that it ends here. What the next reader needs to read the body as
+    /// it was read here, and to know whom it is from, is not the sender's to take away.
     pub fn is_named_by_connection(&self, header: &Header<'_>) -> bool {
-        !matches!(header.known, Known::ContentLength | Known::Host)
+        !header.known.is_for_every_reader()
             && self.all(Known::Connection).any(|value| tokens(value).any(|name| name.eq_ignore_ascii_case(header.name)))
     }
 
@@ -637,7 +653,11 @@ mod tests {
         assert!(!head("HTTP/1.0", upgrade).asks_for_websocket());
         assert!(!head("HTTP/1.1", "Upgrade: websocket\r\n").asks_for_websocket());
         assert!(!head("HTTP/1.1", "Connection: upgrade\r\nUpgrade: h2c\r\n").asks_for_websocket());
-        let named = head("HTTP/1.1", "Connection: X-Hop, host, content-length\r\nx-hop: 1\r\nHost: a\r\ny: 1\r\n");
+        let named = head(
+            "HTTP/1.1",
+            "Connection: X-Hop, host, content-length, content-type, x-forwarded-for\r\nx-hop: 1\r\nHost: a\r\ny: 1\r\n\
+             Content-Type: b\r\nX-Forwarded-For: c\r\n",
+        );
         let gone: Vec<_> =
             named.lines.iter().filter(|h| named.lines.is_named_by_connection(h)).map(|h| h.name).collect();
         assert_eq!(gone, [&b"x-hop"[..]]);

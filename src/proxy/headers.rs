@@ -12,7 +12,7 @@ use crate::http1::{
 /// What is added to a request on its way to a backend.
 #[derive(Debug, Clone, Copy)]
 pub struct ToBackend<'a> {
-    /// Prefix of the backend's API, if the path begins with `/v1` and that is not its prefix.
+    /// Prefix of the backend's API, if the path is below `/v1` and that is not its prefix.
     pub base_path: Option<&'a str>,
     /// Value of `Host`.
     pub authority: &'a str,
@@ -149,12 +149,16 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
     push_status(out, head.status.as_u16(), head.reason());
     let lines = &head.lines;
     let names_others = connection_names_others(lines);
+    // Chunks override a length, which may stand beside them (RFC 9112, 6.3).
+    let mut may_say_length =
+        to.framing == Delivery::AsIs && head.framing != Framing::Chunked && may_have_length(head.status);
     for header in lines.iter() {
         match header.known {
             Known::Upgrade if to.connection == Persistence::Upgrade => {}
             known if known.is_hop_by_hop() => continue,
             _ if names_others && lines.is_named_by_connection(&header) => continue,
-            Known::ContentLength if to.framing != Delivery::AsIs => continue,
+            // Two equal ones may come; one goes.
+            Known::ContentLength if !std::mem::replace(&mut may_say_length, false) => continue,
             Known::AllowOrigin if to.origin.is_some() => continue,
             Known::Location => {
                 let here = hide_backend(header.value, to.authority, to.base_path);
@@ -180,8 +184,11 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
 /// Appends an interim answer.
 pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead) {
     push_status(out, head.status.as_u16(), head.reason());
-    for header in head.lines.iter().filter(|header| !header.known.is_hop_by_hop()) {
-        push_line(out, header.name, header.value);
+    for header in head.lines.iter() {
+        let ends_here = header.known.is_hop_by_hop() || head.lines.is_named_by_connection(&header);
+        if !ends_here && header.known != Known::ContentLength {
+            push_line(out, header.name, header.value);
+        }
     }
     out.extend_from_slice(b"\r\n");
 }
@@ -200,7 +207,7 @@ pub fn push_own(
     for (name, value) in headers {
         push_line(out, name.as_str().as_bytes(), value.as_bytes());
     }
-    if status != http::StatusCode::NO_CONTENT {
+    if may_have_length(status) {
         push_length(out, length as u64);
     }
     push_line(out, b"x-request-id", request_id);
@@ -231,6 +238,11 @@ fn connection_names_others(lines: &Lines) -> bool {
             !(token.is_empty() || token.eq_ignore_ascii_case(b"keep-alive") || token.eq_ignore_ascii_case(b"close"))
         })
     })
+}
+
+/// Whether an answer with this status may say the length of a body (RFC 9110, 8.6).
+fn may_have_length(status: http::StatusCode) -> bool {
+    !status.is_informational() && status != http::StatusCode::NO_CONTENT
 }
 
 fn is_trailer(header: &Header<'_>) -> bool {
@@ -272,15 +284,16 @@ fn push_ip(out: &mut Vec<u8>, ip: IpAddr) {
 /// Makes a redirect to the backend itself one to the same place here: its address means nothing to the client, and its
 /// base path stands for `/v1`. `None` if it leads elsewhere.
 fn hide_backend(location: &[u8], authority: &str, base_path: &str) -> Option<Vec<u8>> {
-    let location = std::str::from_utf8(location).ok()?;
-    let rest = location.strip_prefix("http:").unwrap_or(location).strip_prefix("//")?;
-    let path = rest.strip_prefix(authority).filter(|path| path.is_empty() || path.starts_with(['/', '?']))?;
-    let here = match path.strip_prefix(base_path) {
-        Some(rest) if rest.starts_with('/') => format!("/v1{rest}"),
-        _ if path.starts_with('/') => path.to_owned(),
-        _ => format!("/{path}"),
-    };
-    Some(here.into_bytes())
+    let rest = location.strip_prefix(b"http:").unwrap_or(location).strip_prefix(b"//")?;
+    let path = rest.strip_prefix(authority.as_bytes()).filter(|path| matches!(path, [] | [b'/' | b'?' | b'#', ..]))?;
+    match path.strip_prefix(base_path.as_bytes()) {
+        Some(rest) if rest.starts_with(b"/") => Some([b"/v1", rest].concat()),
+        // One slash: behind two, a browser expects a host, and takes a backslash for one.
+        _ => {
+            let slashes = path.iter().take_while(|byte| matches!(byte, b'/' | b'\\')).count();
+            Some([b"/", &path[slashes..]].concat())
+        }
+    }
 }
 
 #[cfg(test)]
@@ -342,6 +355,17 @@ mod tests {
         let sent = sent(text, "192.0.2.7", None);
         assert_eq!(sent.matches("ontent-length: 5").count(), 1, "{sent}");
         assert_eq!(sent.matches("host: 10.0.0.1:8000").count(), 1, "{sent}");
+    }
+
+    #[test]
+    fn connection_cannot_name_away_how_the_body_is_read_or_whom_it_is_from() {
+        let text = "POST /v1/x HTTP/1.1\nContent-Type: a\nContent-Encoding: gzip\nX-Forwarded-For: 198.51.100.1\n\
+                    X-Forwarded-Host: b\nX-Forwarded-Proto: https\nX-Request-Id: theirs\nConnection: content-type, \
+                    Content-Encoding, x-forwarded-for, x-forwarded-host, x-forwarded-proto, x-request-id\n\n";
+        let expect = "POST /v1/x HTTP/1.1\nhost: 10.0.0.1:8000\nContent-Type: a\nContent-Encoding: gzip\n\
+                      X-Forwarded-For: 198.51.100.1, 192.0.2.7\nX-Forwarded-Host: b\nX-Forwarded-Proto: https\n\
+                      X-Request-Id: theirs\n\n";
+        assert_eq!(sent(text, "192.0.2.7", None), expect);
     }
 
     #[test]
@@ -410,11 +434,38 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_says_its_length_once_and_only_if_it_can_have_one() {
+        for (text, lengths) in [
+            ("HTTP/1.1 200 OK\nContent-Length: 5\ncontent-length: 5\n\n", 1),
+            // To HEAD, or with 304: both say what would have come.
+            ("HTTP/1.1 200 OK\nContent-Length: 5\nTransfer-Encoding: chunked\n\n", 0),
+            ("HTTP/1.1 204 No Content\nContent-Length: 5\n\n", 0),
+            ("HTTP/1.1 101 x\nUpgrade: websocket\nContent-Length: 5\n\n", 0),
+        ] {
+            let sent = answered(text, Delivery::AsIs, Persistence::Unsaid, None);
+            assert_eq!(sent.to_ascii_lowercase().matches("content-length").count(), lengths, "{sent}");
+        }
+    }
+
+    #[test]
+    fn interim_answers_have_no_body_and_lose_the_lines_of_their_connection() {
+        let text = "HTTP/1.1 103 Early Hints\nLink: a\nContent-Length: 5\nTransfer-Encoding: chunked\nConnection: x-hop\n\
+                    X-Hop: 1\n\n";
+        let mut out = Vec::new();
+        push_interim(&mut out, &ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap());
+        assert_eq!(out, b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n");
+    }
+
+    #[test]
     fn redirects_do_not_name_the_backend() {
         for (from, to) in [
             ("http://10.0.0.1:8000/api/v1/models/?x=1", "/v1/models/?x=1"),
             ("//10.0.0.1:8000/docs", "/docs"),
             ("http://10.0.0.1:8000", "/"),
+            ("http://10.0.0.1:8000#x", "/#x"),
+            ("http://10.0.0.1:8000//example.org/x", "/example.org/x"),
+            ("http://10.0.0.1:8000/\\example.org/x", "/example.org/x"),
+            ("http://10.0.0.1:8000/api/v1//x", "/v1//x"),
             ("http://10.0.0.1:80001/x", "http://10.0.0.1:80001/x"),
             ("https://example.org/x", "https://example.org/x"),
             ("/api/v1/x", "/api/v1/x"),
@@ -423,6 +474,9 @@ mod tests {
             let sent = answered(&text, Delivery::AsIs, Persistence::Unsaid, None);
             assert!(sent.contains(&format!("\nLocation: {to}\n")), "{from}: {sent}");
         }
+        // Nor if they hold something that is not UTF-8.
+        let hidden = hide_backend(b"http://10.0.0.1:8000/\xe9", "10.0.0.1:8000", "/v1");
+        assert_eq!(hidden.as_deref(), Some(&b"/\xe9"[..]));
     }
 
     #[test]

@@ -8,6 +8,9 @@
 //! `support` refuses to know what is tested; `support::app` is the only file that knows how the product is called.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[path = "../fuzz/checks/mod.rs"]
+#[expect(unreachable_pub, reason = "for the fuzz targets this is a library")]
+mod checks;
 mod support;
 
 mod answers;
@@ -16,6 +19,7 @@ mod body;
 mod drain;
 mod encoded;
 mod failures;
+mod fuzz;
 mod headers;
 mod hostile;
 mod ids;

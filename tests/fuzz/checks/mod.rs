@@ -1,0 +1,119 @@
+//! What must hold of any bytes that come in, parser by parser. A check panics if it does not hold.
+//!
+//! Two callers run the same checks: the fuzz targets beside this folder, which invent inputs, and the ordinary tests,
+//! which run those under `testdata/fuzz`: what real clients send, what attackers send, and what fuzzing has found. A
+//! check compares with something that was written apart from the product (another library, or a plain reading of the
+//! specification), for a parser that does not panic can still be wrong.
+
+pub mod body;
+pub mod form_scan;
+pub mod gzip_scan;
+pub mod head;
+pub mod json_scan;
+pub mod labels;
+pub mod paths;
+
+use inference_proxy::scan::{ModelScanner, ScanError};
+
+/// A target by its name, which is also that of its file and of the folder with its seeds.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: &[Target] = &[
+    ("json_scan", json_scan::check),
+    ("form_scan", form_scan::check),
+    ("gzip_scan", gzip_scan::check),
+    ("head", head::check),
+    ("body", body::check),
+    ("paths", paths::check),
+    ("labels", labels::check),
+];
+
+/// Numbers that depend on an input only, so that an input that fails fails again.
+struct Dice(u64);
+
+impl Dice {
+    fn of(input: &[u8]) -> Dice {
+        // FNV-1a; xorshift must not begin with zero.
+        Dice(
+            input
+                .iter()
+                .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+                | 1,
+        )
+    }
+
+    /// A number from 0 to below `end`.
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as usize % end
+    }
+
+    /// `input` in pieces, most of which are of a similar size; some are empty.
+    fn cut<'i>(&mut self, input: &'i [u8]) -> Vec<&'i [u8]> {
+        let longest = 1 << self.below(12);
+        let mut rest = input;
+        let mut pieces = Vec::new();
+        while !rest.is_empty() {
+            let (piece, behind) = rest.split_at(self.below(longest + 1).min(rest.len()));
+            pieces.push(piece);
+            rest = behind;
+        }
+        pieces
+    }
+}
+
+/// Ways in which an input may arrive: byte by byte, and cut at two sets of places.
+fn arrivals(input: &[u8]) -> [Vec<&[u8]>; 3] {
+    let mut dice = Dice::of(input);
+    [input.chunks(1).collect(), dice.cut(input), dice.cut(input)]
+}
+
+/// What a scanner says of a body that arrives in these pieces: the model, and the answer that is continued.
+fn scan(mut scanner: ModelScanner, pieces: &[&[u8]]) -> Result<(String, Option<String>), ScanError> {
+    let mut told: Option<String> = None;
+    let end = pieces.iter().try_for_each(|piece| {
+        scanner.feed(piece)?;
+        let model = scanner.model().map(str::to_owned);
+        assert!(told.is_none() || model == told, "the model was {told:?} and is {model:?} now");
+        told = model;
+        Ok(())
+    });
+    match end.and_then(|()| scanner.finish()) {
+        Ok(()) => {
+            let model = scanner.model().expect("a scanner that finished must know the model").to_owned();
+            assert!(told.is_none_or(|told| told == model), "the model changed at the end");
+            assert!(!model.is_empty() && model.len() <= inference_proxy::scan::MODEL_LIMIT_BYTES, "{model:?}");
+            Ok((model, scanner.continues().map(str::to_owned)))
+        }
+        Err(error) => {
+            assert_eq!(scanner.model(), None, "an error takes the model back");
+            assert_eq!(
+                (scanner.feed(b"{}"), scanner.finish()),
+                (Err(error.clone()), Err(error.clone())),
+                "it is final"
+            );
+            assert!(error.to_string().len() < 16 * 1024, "a message that long is none: {error}");
+            Err(error)
+        }
+    }
+}
+
+/// What a scanner has to say of a body in which another reader found these values of `model`, in their order; `None` is
+/// a value that is no string.
+fn expected(models: impl IntoIterator<Item = Option<String>>) -> Result<String, ScanError> {
+    let limit = inference_proxy::scan::MODEL_LIMIT_BYTES;
+    let mut first: Option<String> = None;
+    for model in models {
+        let model = model.ok_or(ScanError::ModelNotAString)?;
+        match first {
+            _ if model.is_empty() => return Err(ScanError::ModelEmpty),
+            _ if model.len() > limit => return Err(ScanError::ModelTooLong { limit }),
+            Some(first) if first != model => return Err(ScanError::ModelsDiffer { first, second: model }),
+            _ => first = Some(model),
+        }
+    }
+    first.ok_or(ScanError::ModelMissing)
+}
