@@ -180,12 +180,7 @@ impl Attempt {
                     Poll::Ready(Ok(BodyWait::More)) => {}
                 }
             }
-            let unread = client.unread();
-            let bite = unread.len().min(replay.bite_bytes());
-            let is_partial = bite < unread.len();
-            let (taken, kept) = replay.take_in(&unread[..bite], true);
-            client.take(taken);
-            kept?;
+            let is_partial = client.feed(replay, true)?;
             if replay.is_over() {
                 client.expect_nothing()
             } else {

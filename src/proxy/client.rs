@@ -22,7 +22,10 @@ use tokio::{
 };
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use crate::http1::head::{HeadEnd, HeadError, RequestHead};
+use crate::{
+    http1::head::{HeadEnd, HeadError, RequestHead},
+    replay::{BodyFault, Replay},
+};
 
 /// Most bytes read at a time.
 pub const READ_BYTES: usize = 64 * 1024;
@@ -251,6 +254,19 @@ impl<S: Transport> Client<S> {
             self.poll_body(cx)
         })
         .await
+    }
+
+    /// Gives what has come to the body it belongs to, as much as is good at a time; returns whether some is left.
+    ///
+    /// # Errors
+    /// The body cannot be passed on.
+    pub fn feed(&mut self, body: &mut Replay, model_is_known: bool) -> Result<bool, BodyFault> {
+        let unread = self.unread();
+        let bite = unread.len().min(body.bite_bytes());
+        let is_partial = bite < unread.len();
+        let (taken, kept) = body.take_in(&unread[..bite], model_is_known);
+        self.take(taken);
+        kept.map(|()| is_partial)
     }
 
     /// From now on the client is expected to go on with its body.

@@ -15,12 +15,14 @@
 
 pub mod attempt;
 pub mod client;
+mod cors;
 pub mod exchange;
 pub mod failure;
 pub mod headers;
 pub mod makers;
 pub mod paths;
 pub mod relay;
+mod respond;
 pub mod tunnel;
 
 use std::{
@@ -30,18 +32,20 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Response, StatusCode, header};
+use http::{Method, Response, StatusCode};
 use tokio::time::{Instant, sleep, timeout};
 
 use self::{
     attempt::{Attempt, Stop},
     client::{BodyWait, Client, Closing, Gone, Next, Transport},
+    cors::Cors,
     exchange::{Ending, Exchange, Learner, RequestId},
     failure::{Action, Stage, What},
     headers::{Delivery, Persistence, ToBackend, ToClient},
     makers::{Maker, Makers},
     paths::Target,
     relay::{Cut, Relay, Relayed},
+    respond::{discard, json, refuse_connection, respond},
 };
 use crate::{
     admin::Admin,
@@ -79,14 +83,6 @@ pub struct Proxy {
     makers: Makers,
     /// Admin paths are on a port of their own.
     admin_elsewhere: bool,
-}
-
-/// Which origins' scripts may read answers.
-#[derive(Debug, Clone)]
-enum Cors {
-    Off,
-    Any,
-    Listed(Vec<String>),
 }
 
 /// What becomes of the client's connection after an exchange.
@@ -159,11 +155,6 @@ impl From<Gone> for NoAnswer {
 impl Proxy {
     /// A proxy that routes by `table`.
     pub fn new(config: &Config, table: TableReader, metrics: Arc<Metrics>, admin: Admin) -> Proxy {
-        let cors = match &config.cors_origins[..] {
-            [] => Cors::Off,
-            origins if origins.iter().any(|origin| origin == "*") => Cors::Any,
-            origins => Cors::Listed(origins.to_vec()),
-        };
         Proxy {
             table,
             metrics,
@@ -175,7 +166,7 @@ impl Proxy {
             idle_timeout: config.idle_timeout,
             access_log: config.access_log,
             usage_metrics: config.usage_metrics,
-            cors,
+            cors: Cors::new(&config.cors_origins),
             makers: Makers::default(),
             admin_elsewhere: config.admin_port.is_some(),
         }
@@ -347,12 +338,7 @@ impl Proxy {
             client.outbox().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
         }
         loop {
-            let unread = client.unread();
-            let bite = unread.len().min(replay.bite_bytes());
-            let is_partial = bite < unread.len();
-            let (taken, kept) = replay.take_in(&unread[..bite], in_query);
-            client.take(taken);
-            kept.map_err(|fault| self.body_error(fault))?;
+            let is_partial = client.feed(replay, in_query).map_err(|fault| self.body_error(fault))?;
             let is_known = match replay.is_scanned() {
                 true => replay.model().is_some(),
                 false => true,
@@ -664,120 +650,6 @@ impl Asked<'_> {
     }
 }
 
-// === impl Cors ===
-
-impl Cors {
-    /// The origin to allow, if this request's is.
-    fn allow<'l>(&self, lines: &'l Lines) -> Option<&'l [u8]> {
-        match self {
-            Cors::Off => None,
-            Cors::Any => lines.first(Known::Origin).map(|_| &b"*"[..]),
-            Cors::Listed(origins) => {
-                lines.first(Known::Origin).filter(|origin| origins.iter().any(|allowed| allowed.as_bytes() == *origin))
-            }
-        }
-    }
-
-    /// The answer to a preflight: what the browser asked about is allowed where its origin is.
-    fn preflight(&self, asked: &Asked<'_>) -> Response<Bytes> {
-        let mut response = Response::new(Bytes::new());
-        *response.status_mut() = StatusCode::NO_CONTENT;
-        if asked.origin.is_some() {
-            let headers = response.headers_mut();
-            let methods = HeaderValue::from_static("GET, HEAD, POST, DELETE, OPTIONS");
-            headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
-            let wanted = asked.head.lines.named("access-control-request-headers");
-            if let Some(wanted) = wanted.and_then(|value| HeaderValue::from_bytes(value).ok()) {
-                headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted);
-            }
-            headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600"));
-        }
-        response
-    }
-}
-
-// === the proxy's own answers ===
-
-/// Sends an answer of the proxy's own, then reads what is left of the request's body.
-async fn respond<S: Transport>(
-    client: &mut Client<S>,
-    asked: &Asked<'_>,
-    response: &Response<Bytes>,
-    body: BodyDecoder,
-) -> After {
-    // A client that waits for 100 has sent nothing, and may never.
-    let never_asked_for = asked.head.expects_continue() && !body.is_done() && client.unread().is_empty();
-    let mut connection = asked.persistence(false);
-    if never_asked_for {
-        connection = Persistence::Close;
-    }
-    push_own(client, response, asked.head.method == Method::HEAD, connection, Some(asked));
-    if client.flush().await.is_err() {
-        return After::Abort { by_reset: false };
-    }
-    match connection {
-        Persistence::Close => After::Close,
-        _ => discard(client, body).await,
-    }
-}
-
-/// Answers a client that sent no request that could be read.
-async fn refuse_connection<S: Transport>(client: &mut Client<S>, error: &ProxyError) {
-    push_own(client, &error.response(Dialect::OpenAi), false, Persistence::Close, None);
-}
-
-fn push_own<S: Transport>(
-    client: &mut Client<S>,
-    response: &Response<Bytes>,
-    is_head: bool,
-    connection: Persistence,
-    asked: Option<&Asked<'_>>,
-) {
-    let ours;
-    let id = match asked {
-        Some(asked) => asked.id.as_bytes(),
-        None => {
-            ours = RequestId::new();
-            ours.as_bytes()
-        }
-    };
-    let origin = asked.and_then(|asked| asked.origin);
-    let body = response.body();
-    headers::push_own(client.outbox(), response.status(), response.headers(), body.len(), id, connection, origin);
-    if !is_head {
-        client.outbox().extend_from_slice(body);
-    }
-}
-
-/// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
-async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) -> After {
-    if body.is_done() {
-        return After::KeepAlive;
-    }
-    let (bytes_max, time) = Client::<S>::discard_limits();
-    if body.left().is_some_and(|left| left > bytes_max) {
-        return After::Close;
-    }
-    let reading = async {
-        let mut left = bytes_max;
-        loop {
-            let unread = client.unread();
-            let Ok(decoded) = body.decode(unread) else { return After::Close };
-            let consumed = decoded.consumed;
-            client.take(consumed);
-            if body.is_done() {
-                return After::KeepAlive;
-            }
-            let Some(rest) = left.checked_sub(consumed as u64) else { return After::Close };
-            left = rest;
-            if client.unread().is_empty() && client.more_body().await.is_err() {
-                return After::Abort { by_reset: false };
-            }
-        }
-    };
-    timeout(time, reading).await.unwrap_or(After::Close)
-}
-
 // === helpers ===
 
 fn unreadable(error: HeadError) -> ProxyError {
@@ -827,10 +699,4 @@ fn bounded(model: &str) -> String {
         None => model.to_owned(),
         Some((end, _)) => format!("{}…", &model[..end]),
     }
-}
-
-fn json(body: Bytes) -> Response<Bytes> {
-    let mut response = Response::new(body);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    response
 }

@@ -360,7 +360,8 @@ async fn h01_ten_thousand_hostile_requests() {
         times.last().unwrap()
     );
     book.check(&upstream, seed);
-    assert!(at(99) < Duration::from_millis(250), "seed {seed}: p99 of the others {:?}", at(99));
+    // Far above what it is on any machine that is not choking, and far below what a stall would make of it.
+    assert!(at(99) < Duration::from_secs(1), "seed {seed}: p99 of the others {:?}", at(99));
     assert!(growth < 32 * 1024 * 1024, "seed {seed}: {growth} bytes of memory more");
     assert_eq!(Client::connect(addr).await.ask(&Request::chat("m")).await.status, 200);
 }

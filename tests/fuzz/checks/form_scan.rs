@@ -101,10 +101,9 @@ fn parameter(value: &[u8], wanted: &[u8]) -> Option<Vec<u8>> {
         }
         pieces.last_mut().expect("there must be a first piece").push(*byte);
     }
-    let values = pieces.iter().skip(1).filter_map(|piece| split_once(piece, b"="));
+    let mut values = pieces.iter().skip(1).filter_map(|piece| split_once(piece, b"="));
     values
-        .filter(|(name, _)| name.trim_ascii().eq_ignore_ascii_case(wanted))
-        .last()
+        .rfind(|(name, _)| name.trim_ascii().eq_ignore_ascii_case(wanted))
         .map(|(_, value)| value.trim_ascii().to_vec())
 }
 

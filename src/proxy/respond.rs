@@ -1,0 +1,103 @@
+//! Answers of the proxy's own: how they are sent, and what becomes of the connection then.
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Response, header};
+use tokio::time::timeout;
+
+use super::{
+    After, Asked,
+    client::{Client, Transport},
+    exchange::RequestId,
+    headers::{self, Persistence},
+};
+use crate::{
+    error::{Dialect, ProxyError},
+    http1::body::BodyDecoder,
+};
+
+/// Sends an answer of the proxy's own, then reads what is left of the request's body.
+pub(super) async fn respond<S: Transport>(
+    client: &mut Client<S>,
+    asked: &Asked<'_>,
+    response: &Response<Bytes>,
+    body: BodyDecoder,
+) -> After {
+    // A client that waits for 100 has sent nothing, and may never.
+    let never_asked_for = asked.head.expects_continue() && !body.is_done() && client.unread().is_empty();
+    let mut connection = asked.persistence(false);
+    if never_asked_for {
+        connection = Persistence::Close;
+    }
+    push_own(client, response, asked.head.method == Method::HEAD, connection, Some(asked));
+    if client.flush().await.is_err() {
+        return After::Abort { by_reset: false };
+    }
+    match connection {
+        Persistence::Close => After::Close,
+        _ => discard(client, body).await,
+    }
+}
+
+/// Answers a client that sent no request that could be read.
+pub(super) async fn refuse_connection<S: Transport>(client: &mut Client<S>, error: &ProxyError) {
+    push_own(client, &error.response(Dialect::OpenAi), false, Persistence::Close, None);
+}
+
+fn push_own<S: Transport>(
+    client: &mut Client<S>,
+    response: &Response<Bytes>,
+    is_head: bool,
+    connection: Persistence,
+    asked: Option<&Asked<'_>>,
+) {
+    let ours;
+    let id = match asked {
+        Some(asked) => asked.id.as_bytes(),
+        None => {
+            ours = RequestId::new();
+            ours.as_bytes()
+        }
+    };
+    let origin = asked.and_then(|asked| asked.origin);
+    let body = response.body();
+    headers::push_own(client.outbox(), response.status(), response.headers(), body.len(), id, connection, origin);
+    if !is_head {
+        client.outbox().extend_from_slice(body);
+    }
+}
+
+/// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
+pub(super) async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) -> After {
+    if body.is_done() {
+        return After::KeepAlive;
+    }
+    let (bytes_max, time) = Client::<S>::discard_limits();
+    if body.left().is_some_and(|left| left > bytes_max) {
+        return After::Close;
+    }
+    let reading = async {
+        let mut left = bytes_max;
+        loop {
+            let unread = client.unread();
+            let Ok(decoded) = body.decode(unread) else { return After::Close };
+            let consumed = decoded.consumed;
+            client.take(consumed);
+            if body.is_done() {
+                return After::KeepAlive;
+            }
+            let Some(rest) = left.checked_sub(consumed as u64) else { return After::Close };
+            left = rest;
+            if client.unread().is_empty() && client.more_body().await.is_err() {
+                return After::Abort { by_reset: false };
+            }
+        }
+    };
+    timeout(time, reading).await.unwrap_or(After::Close)
+}
+
+/// An answer of JSON.
+pub(super) fn json(body: Bytes) -> Response<Bytes> {
+    let mut response = Response::new(body);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
