@@ -265,6 +265,9 @@ impl<S: Transport> Client<S> {
 
     /// More of a request's body has come, or it takes too long.
     pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<BodyWait, Gone>> {
+        if self.deadline.at.is_none() {
+            self.expect_body();
+        }
         match self.poll_fill(cx, READ_BYTES) {
             Poll::Ready(filled) => Poll::Ready(filled.map(|()| BodyWait::More)),
             Poll::Pending => self.deadline.poll(cx).map(|()| Ok(BodyWait::TooSlow)),
