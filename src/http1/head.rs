@@ -255,9 +255,26 @@ impl Lines {
         self.all(known).any(|value| tokens(value).any(|t| t.eq_ignore_ascii_case(token.as_bytes())))
     }
 
-    /// Whether a `Connection` line names this header, so that it ends here. Framing is not the sender's to take away.
+    /// Whether the lines of this name list `token`, in any case, and nothing else.
+    pub fn lists_only(&self, known: Known, token: &str) -> bool {
+        self.has(known) && self.all(known).all(|value| value.eq_ignore_ascii_case(token.as_bytes()))
+    }
+
+    /// Whether a `Connection` line names this header, so that it ends here. What the proxy itself goes by or answers for is
+    /// not the sender's to take away: framing, where a request came from, and how its body is to be read.
     pub fn is_named_by_connection(&self, header: &Header<'_>) -> bool {
-        !matches!(header.known, Known::ContentLength | Known::Host)
+        let stays = matches!(
+            header.known,
+            Known::ContentEncoding
+                | Known::ContentLength
+                | Known::ContentType
+                | Known::Host
+                | Known::XForwardedFor
+                | Known::XForwardedHost
+                | Known::XForwardedProto
+                | Known::XRequestId
+        );
+        !stays
             && self.all(Known::Connection).any(|value| tokens(value).any(|name| name.eq_ignore_ascii_case(header.name)))
     }
 
