@@ -441,11 +441,12 @@ impl RequestHead {
             && self.lines.first(Known::Expect).is_some_and(|value| value.eq_ignore_ascii_case(b"100-continue"))
     }
 
-    /// The client asks to go on with WebSocket on this connection (RFC 9110, 7.8; RFC 6455, 4.1).
+    /// The client asks to go on with WebSocket on this connection (RFC 9110, 7.8; RFC 6455, 4.1), and with nothing else:
+    /// whoever is offered several protocols may choose one in which nobody looks at paths any more.
     pub fn asks_for_websocket(&self) -> bool {
         self.version == Version::Http11
             && self.framing == Framing::Empty
-            && self.lines.lists(Known::Upgrade, "websocket")
+            && self.lines.lists_only(Known::Upgrade, "websocket")
             && self.lines.lists(Known::Connection, "upgrade")
     }
 }

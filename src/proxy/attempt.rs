@@ -18,7 +18,7 @@ use super::{
     headers,
 };
 use crate::{
-    http1::head::{HeadEnd, RequestHead, ResponseHead, Version},
+    http1::head::{HeadEnd, Known, RequestHead, ResponseHead, Version},
     replay::{AHEAD_BYTES_MAX, BodyFault, Cursor, Replay},
     upstream::Lease,
 };
@@ -121,7 +121,7 @@ impl Attempt {
                     Poll::Pending => break,
                     Poll::Ready(Err(what)) => return Poll::Ready(Err(Stop::Failed(what, self.stage()))),
                     Poll::Ready(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                        return Poll::Ready(if upgrades {
+                        return Poll::Ready(if upgrades && head.lines.lists_only(Known::Upgrade, "websocket") {
                             Ok(head)
                         } else {
                             Err(Stop::Failed(What::Nonsense, self.stage()))

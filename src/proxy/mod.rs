@@ -750,13 +750,13 @@ fn push_own<S: Transport>(
     }
 }
 
-/// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
 /// What stands behind the body can be come by.
 fn can_discard<S: Transport>(body: &BodyDecoder) -> bool {
     let (bytes_max, _) = Client::<S>::discard_limits();
     !body.is_broken() && body.left().is_none_or(|left| left <= bytes_max)
 }
 
+/// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
 async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) -> After {
     if body.is_done() {
         return After::KeepAlive;
@@ -764,8 +764,8 @@ async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) ->
     if !can_discard::<S>(&body) {
         return After::Close;
     }
-    let reading = async {
     let (bytes_max, time) = Client::<S>::discard_limits();
+    let reading = async {
         let mut left = bytes_max;
         loop {
             let unread = client.unread();
