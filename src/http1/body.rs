@@ -41,6 +41,8 @@ pub struct Decoded<'b> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Done,
+    /// Nothing that follows can be made sense of.
+    Broken(FramingError),
     Length(u64),
     Close,
     /// Before or within the digits of a chunk's size.
@@ -97,6 +99,11 @@ impl BodyDecoder {
         self.state == State::Done
     }
 
+    /// Its framing broke: where it ends will never be known.
+    pub fn is_broken(&self) -> bool {
+        matches!(self.state, State::Broken(_))
+    }
+
     /// The end of the connection is the end of the body.
     pub fn may_end_by_close(&self) -> bool {
         self.state == State::Close
@@ -124,14 +131,23 @@ impl BodyDecoder {
     /// The next stretch of payload in `input`, with the framing before it.
     ///
     /// # Errors
-    /// The framing is broken. Nothing that follows can be made sense of.
+    /// The framing is broken. Nothing that follows can be made sense of: every later call returns the same error.
     pub fn decode<'b>(&mut self, input: &'b [u8]) -> Result<Decoded<'b>, FramingError> {
+        let decoded = self.follow(input);
+        if let Err(error) = decoded {
+            self.state = State::Broken(error);
+        }
+        decoded
+    }
+
+    fn follow<'b>(&mut self, input: &'b [u8]) -> Result<Decoded<'b>, FramingError> {
         let mut at = 0;
         while at < input.len() {
             let rest = &input[at..];
             let byte = rest[0];
             self.state = match self.state {
                 State::Done => break,
+                State::Broken(error) => return Err(error),
                 State::Close => return Ok(Decoded { payload: rest, consumed: input.len() }),
                 State::Length(left) => {
                     let (payload, left) = take(rest, left);
@@ -376,6 +392,19 @@ mod tests {
         ] {
             assert!(decode(Framing::Chunked, &[bytes.as_bytes()]).is_err(), "{bytes:?}");
         }
+    }
+
+    #[test]
+    fn what_is_broken_stays_broken() {
+        // The extension is too long; taken up again from the beginning of the piece, the rest would pass for a chunk.
+        let piece = format!("\r\n200;{}\r\n0\r\n\r\n", "x".repeat(508));
+        let mut decoder = BodyDecoder::new(Framing::Chunked);
+        assert_eq!(decoder.decode(b"1\r\na").unwrap().payload, b"a");
+        let broken = decoder.decode(piece.as_bytes()).unwrap_err();
+        for again in [piece.as_bytes(), b"0\r\n\r\n", b"\r\n"] {
+            assert_eq!(decoder.decode(again), Err(broken));
+        }
+        assert!(decoder.is_broken() && !decoder.is_done());
     }
 
     #[test]

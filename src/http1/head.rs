@@ -270,6 +270,11 @@ impl Lines {
         self.all(known).any(|value| tokens(value).any(|t| t.eq_ignore_ascii_case(token.as_bytes())))
     }
 
+    /// Whether the lines of this name list `token`, in any case, and nothing else.
+    pub fn lists_only(&self, known: Known, token: &str) -> bool {
+        self.has(known) && self.all(known).all(|value| value.eq_ignore_ascii_case(token.as_bytes()))
+    }
+
     /// Whether a `Connection` line names this header, so that it ends here. What the next reader needs to read the body as
     /// it was read here, and to know whom it is from, is not the sender's to take away.
     pub fn is_named_by_connection(&self, header: &Header<'_>) -> bool {
@@ -440,11 +445,12 @@ impl RequestHead {
             && self.lines.first(Known::Expect).is_some_and(|value| value.eq_ignore_ascii_case(b"100-continue"))
     }
 
-    /// The client asks to go on with WebSocket on this connection (RFC 9110, 7.8; RFC 6455, 4.1).
+    /// The client asks to go on with WebSocket on this connection (RFC 9110, 7.8; RFC 6455, 4.1), and with nothing else:
+    /// whoever is offered several protocols may choose one in which nobody looks at paths any more.
     pub fn asks_for_websocket(&self) -> bool {
         self.version == Version::Http11
             && self.framing == Framing::Empty
-            && self.lines.lists(Known::Upgrade, "websocket")
+            && self.lines.lists_only(Known::Upgrade, "websocket")
             && self.lines.lists(Known::Connection, "upgrade")
     }
 }

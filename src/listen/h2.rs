@@ -33,10 +33,9 @@ pub(super) async fn serve(stream: TcpStream, first: Vec<u8>, proxy: Arc<Proxy>, 
         .max_send_buf_size(BUFFER_BYTES)
         .max_header_list_size(u32::try_from(BUFFER_BYTES).unwrap_or(u32::MAX))
         .keep_alive_interval(Duration::from_secs(30));
-    let streams = stopper.clone();
     let service = hyper::service::service_fn(move |request| {
-        let (proxy, stopper) = (proxy.clone(), streams.clone());
-        async move { Ok::<_, Infallible>(pass(request, proxy, client_ip, stopper).await) }
+        let proxy = proxy.clone();
+        async move { Ok::<_, Infallible>(pass(request, proxy, client_ip).await) }
     });
     let connection = server.serve_connection(TokioIo::new(Rewound::new(stream, first)), service);
     tokio::pin!(connection);
@@ -53,16 +52,14 @@ pub(super) async fn serve(stream: TcpStream, first: Vec<u8>, proxy: Arc<Proxy>, 
 }
 
 /// Serves one stream.
-async fn pass(
-    request: Request<Incoming>,
-    proxy: Arc<Proxy>,
-    client_ip: IpAddr,
-    stopper: Stopper,
-) -> Response<AnswerBody> {
+async fn pass(request: Request<Incoming>, proxy: Arc<Proxy>, client_ip: IpAddr) -> Response<AnswerBody> {
     let (here, there) = tokio::io::duplex(PIPE_BYTES);
+    // Shutting down is between the client and hyper, which goes on taking streams until the client knows of it. A stream
+    // that it took is a request under way, even if the engine has not read a byte of it.
+    let closing = Stopper::default().closing();
     // Both tasks end with the pipe, and the pipe with the stream.
     #[allow(clippy::disallowed_methods)]
-    tokio::spawn(async move { proxy.serve(there, Vec::new(), client_ip, stopper.closing()).await });
+    tokio::spawn(async move { proxy.serve(there, Vec::new(), client_ip, closing).await });
     let answered = async {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(here)).await?;
         #[allow(clippy::disallowed_methods)]

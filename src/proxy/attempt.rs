@@ -18,7 +18,7 @@ use super::{
     headers,
 };
 use crate::{
-    http1::head::{HeadEnd, RequestHead, ResponseHead, Version},
+    http1::head::{HeadEnd, Known, RequestHead, ResponseHead, Version},
     replay::{AHEAD_BYTES_MAX, BodyFault, Cursor, Replay},
     upstream::Lease,
 };
@@ -121,7 +121,7 @@ impl Attempt {
                     Poll::Pending => break,
                     Poll::Ready(Err(what)) => return Poll::Ready(Err(Stop::Failed(what, self.stage()))),
                     Poll::Ready(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
-                        return Poll::Ready(if upgrades {
+                        return Poll::Ready(if upgrades && head.lines.lists_only(Known::Upgrade, "websocket") {
                             Ok(head)
                         } else {
                             Err(Stop::Failed(What::Nonsense, self.stage()))
@@ -257,5 +257,43 @@ impl Attempt {
     /// The whole request has been sent.
     pub fn is_sent(&self, replay: &Replay) -> bool {
         !self.write_failed && self.head_gone == self.head.len() && replay.is_sent(self.cursor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+    use tokio::{
+        io::DuplexStream,
+        net::{TcpListener, TcpStream},
+    };
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::{http1::body::Framing, proxy::client::Closing, replay::BodyLimits, upstream::Upstream};
+
+    /// A client with the other end of its connection, and an attempt with the backend's end of its own.
+    async fn under_way() -> (Client<DuplexStream>, DuplexStream, Attempt, TcpStream) {
+        let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+        let upstream = Upstream::new(listener.local_addr().unwrap(), Duration::from_secs(60), 1);
+        let lease = upstream.lease_fresh().await.unwrap();
+        let (backend, _) = listener.accept().await.unwrap();
+        let (here, there) = tokio::io::duplex(64 * 1024);
+        let closing = Closing::new(Arc::default(), CancellationToken::new().cancelled_owned());
+        (Client::new(here, Vec::new(), closing), there, Attempt::new(lease, b"head".to_vec()), backend)
+    }
+
+    fn replay() -> Replay {
+        Replay::new(Framing::Length(1 << 30), None, &BodyLimits::new(u64::MAX, usize::MAX))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_stands_still_once_its_model_is_known_has_an_end() {
+        let (mut client, _there, mut attempt, _backend) = under_way().await;
+        let (mut replay, head) = (replay(), RequestHead::default());
+        let answer = attempt.answer(&mut client, &mut replay, &head, false, None);
+        let stopped = tokio::time::timeout(Duration::from_secs(600), answer).await;
+        assert!(matches!(stopped, Ok(Err(Stop::TooSlow))), "{stopped:?}");
     }
 }

@@ -281,6 +281,9 @@ impl<S: Transport> Client<S> {
 
     /// More of a request's body has come, or it takes too long.
     pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<BodyWait, Gone>> {
+        if self.deadline.at.is_none() {
+            self.expect_body();
+        }
         match self.poll_fill(cx, READ_BYTES) {
             Poll::Ready(filled) => Poll::Ready(filled.map(|()| BodyWait::More)),
             Poll::Pending => self.deadline.poll(cx).map(|()| Ok(BodyWait::TooSlow)),
@@ -413,7 +416,9 @@ impl Deadline {
         }
         self.timer.as_mut().reset(at);
         self.is_armed = true;
-        self.timer.as_mut().poll(cx)
+        // A task that has used up its turn would not be entered into the timer, and this is the only time it is asked.
+        let timer = tokio::task::unconstrained(self.timer.as_mut());
+        std::pin::pin!(timer).poll(cx)
     }
 }
 
@@ -531,6 +536,23 @@ mod tests {
             "{:?}",
             since.elapsed()
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_that_is_set_at_the_end_of_a_long_turn_holds() {
+        use tokio::task::{consume_budget, coop::has_budget_remaining};
+        let (mut client, _peer, _shutdown) = connected();
+        client.expect_body();
+        let waiting = std::future::poll_fn(|cx| {
+            // The first poll finds the task's turn used up: neither socket nor timer tells it anything.
+            while !client.deadline.is_armed && has_budget_remaining() {
+                let _ = std::pin::pin!(consume_budget()).poll(cx);
+            }
+            client.poll_body(cx)
+        });
+        let since = Instant::now();
+        assert_eq!(tokio::time::timeout(BODY_TIMEOUT * 2, waiting).await, Ok(Ok(BodyWait::TooSlow)));
+        assert!(since.elapsed() < BODY_TIMEOUT + Duration::from_secs(1), "{:?}", since.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

@@ -291,8 +291,10 @@ impl Proxy {
             return Err(self.body_error(BodyFault::TooLarge).into());
         }
         let may_name_none = paths::may_name_no_model(&head.method, head.path());
-        replay.look_for(self.scanner(head, in_query.is_some())?, may_name_none);
-        self.read_model(client, head, replay, in_query.is_some()).await?;
+        // A body may do without the model that the query names; but it has the last word, so it is held until it is clear
+        // that it says nothing else.
+        replay.look_for(self.scanner(head, in_query.is_some())?, may_name_none || in_query.is_some());
+        self.read_model(client, head, replay).await?;
         let place = match replay.model().or(in_query.as_deref()) {
             Some(model) => self.choose(model, &[], replay.continues(), exchange)?,
             None if may_name_none => self.choose_unnamed(head.path(), exchange)?,
@@ -332,13 +334,12 @@ impl Proxy {
         client: &mut Client<S>,
         head: &RequestHead,
         replay: &mut Replay,
-        in_query: bool,
     ) -> Result<(), NoAnswer> {
         if head.expects_continue() && client.unread().is_empty() && !replay.is_over() {
             client.outbox().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
         }
         loop {
-            let is_partial = client.feed(replay, in_query).map_err(|fault| self.body_error(fault))?;
+            let is_partial = client.feed(replay, false).map_err(|fault| self.body_error(fault))?;
             let is_known = match replay.is_scanned() {
                 true => replay.model().is_some(),
                 false => true,

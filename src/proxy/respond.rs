@@ -25,7 +25,7 @@ pub(super) async fn respond<S: Transport>(
     // A client that waits for 100 has sent nothing, and may never.
     let never_asked_for = asked.head.expects_continue() && !body.is_done() && client.unread().is_empty();
     let mut connection = asked.persistence(false);
-    if never_asked_for {
+    if never_asked_for || !can_discard::<S>(&body) {
         connection = Persistence::Close;
     }
     push_own(client, response, asked.head.method == Method::HEAD, connection, Some(asked));
@@ -66,15 +66,21 @@ fn push_own<S: Transport>(
     }
 }
 
+/// What stands behind the body can be come by.
+fn can_discard<S: Transport>(body: &BodyDecoder) -> bool {
+    let (bytes_max, _) = Client::<S>::discard_limits();
+    !body.is_broken() && body.left().is_none_or(|left| left <= bytes_max)
+}
+
 /// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
 pub(super) async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) -> After {
     if body.is_done() {
         return After::KeepAlive;
     }
-    let (bytes_max, time) = Client::<S>::discard_limits();
-    if body.left().is_some_and(|left| left > bytes_max) {
+    if !can_discard::<S>(&body) {
         return After::Close;
     }
+    let (bytes_max, time) = Client::<S>::discard_limits();
     let reading = async {
         let mut left = bytes_max;
         loop {

@@ -336,6 +336,20 @@ async fn r01_one_large_body_costs_less_than_64_mib() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_a_model_in_the_query_does_not_lift_the_bound_on_what_is_held() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::start_with_backends(&[("PROXY_HOLD_MAX", "64KiB")], &[&upstream]).await;
+    let body = large_json("", 200_000, "");
+    let answer = app.ask(&Request::post("/v1/chat/completions?model=m", &body)).await;
+    // The body has the last word on its model, so it is held until that is known.
+    assert_openai_error(&answer, 413, "request_too_large");
+    assert_eq!(upstream.count(), 0);
+    let small = br#"{"messages":[]}"#;
+    assert_eq!(app.ask(&Request::post("/v1/chat/completions?model=m", small)).await.status, 200);
+    assert_eq!(upstream.whole(0).await.body.bytes, small);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r01_a_large_body_waits_for_a_slow_backend() {
     let upstream = Upstream::start("a", &["m"]).await;
     let gate = Gate::shut();

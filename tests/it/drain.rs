@@ -206,3 +206,48 @@ async fn l13_shutdown_without_work_is_short() {
     app.shutdown().await;
     assert_ne!(client.ended().await, End::Whole);
 }
+
+/// One frame of HTTP/2: its type, its flags, its stream and what it holds.
+async fn h2_frame(client: &mut Client) -> (u8, u8, u32, Vec<u8>) {
+    let head = client.raw(9).await;
+    let len = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+    let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+    (head[3], head[4], stream, client.raw(len).await)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l13_an_http_2_stream_that_crosses_the_goodbye_is_served() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const ACK: u8 = 1;
+    const HEADERS: u8 = 1;
+    const PING: u8 = 6;
+    const GOAWAY: u8 = 7;
+    // GET http://x/v1/models, the end of head and stream.
+    let fields = b"\x82\x86\x04\x0a/v1/models\x01\x01x";
+    let request = [&[0, 0, 17, HEADERS, 5, 0, 0, 0, 1][..], fields].concat();
+    assert_eq!(fields.len(), 17);
+
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let mut front = app.client().await;
+    front.send(PREFACE).await;
+    let down = tokio::spawn(app.shutdown());
+    while h2_frame(&mut front).await.0 != GOAWAY {}
+    // The front proxy has not read it yet.
+    front.send(&request).await;
+    loop {
+        match h2_frame(&mut front).await {
+            (HEADERS, _, 1, fields) => {
+                // 200 has a number of its own in the table of fields.
+                assert_eq!(fields[0], 0x88, "{}", fields.escape_ascii());
+                break;
+            }
+            (PING, 0, 0, payload) => {
+                front.send([&[0, 0, 8, PING, ACK, 0, 0, 0, 0][..], &payload].concat()).await;
+            }
+            _ => {}
+        }
+    }
+    drop(front);
+    soon("the proxy is down", down).await.unwrap();
+}

@@ -142,6 +142,26 @@ async fn r08_connection_cannot_name_away_the_framing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r08_connection_cannot_name_away_where_a_request_comes_from() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let request = Request::chat("m")
+        .header("connection", "x-forwarded-for, x-forwarded-host, x-forwarded-proto, x-request-id, content-type")
+        .header("x-forwarded-for", "192.0.2.1")
+        .header("x-forwarded-host", "front.test")
+        .header("x-forwarded-proto", "https")
+        .header("x-request-id", "r-1");
+    assert_eq!(app.ask(&request).await.status, 200);
+    let head = upstream.whole(0).await.head;
+    assert_eq!(head.all("x-forwarded-for"), ["192.0.2.1, 127.0.0.1"]);
+    assert_eq!(head.all("x-forwarded-host"), ["front.test"]);
+    assert_eq!(head.all("x-forwarded-proto"), ["https"]);
+    assert_eq!(head.all("x-request-id"), ["r-1"]);
+    // The model was read by it.
+    assert_eq!(head.all("content-type"), ["application/json"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r08_request_trailers_pass() {
     let (upstream, app) = one().await;
     let request = Request::new("POST", "/v1/chat/completions")

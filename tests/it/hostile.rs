@@ -256,6 +256,24 @@ async fn h01_chunks_that_are_none_are_refused() {
 
 /// RFC 9112, 3.2: the host decides nothing here, but it may in front of the proxy and behind it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_nothing_is_read_behind_a_body_whose_framing_is_broken() {
+    let (upstream, app) = one().await;
+    // The extension of the second chunk is longer than any may be. Who took up reading at the beginning of the segment, in
+    // the middle of that extension, would find a chunk of 512 bytes, the end of the body and another request.
+    let broken = format!("\r\n200;{}\r\n0\r\n\r\n", "x".repeat(508));
+    let first = Request::new("POST", "/v1/chat/completions").header("transfer-encoding", "chunked").raw_body("1\r\n{");
+    let mut client = app.client().await;
+    client.send_pieces([&first.bytes()[..]], std::time::Duration::from_millis(100)).await;
+    client.try_send([broken.as_bytes(), &Request::chat("m").header("connection", "close").bytes()].concat()).await.ok();
+    let refusal = client.answer().await;
+    assert_openai_error(&refusal, 400, "invalid_request");
+    let (behind, _) = client.raw_to_end().await;
+    assert_eq!(String::from_utf8_lossy(&behind), "");
+    assert_eq!(upstream.count(), 0);
+    assert_eq!(refusal.header("connection"), Some("close"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn h01_two_hosts_are_refused() {
     let (upstream, app) = one().await;
     let request = Request::chat("m").header("Host", "other.test");

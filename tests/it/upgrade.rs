@@ -230,6 +230,10 @@ async fn r06_what_may_not_switch_does_not() {
         ("TLS on an ordinary request", chat("Connection: Upgrade\r\nUpgrade: TLS/1.0\r\n")),
         // Behind a tunnel of HTTP/2 nobody would look at paths any more.
         ("h2c where websocket may be", realtime("Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n")),
+        // Servers differ in which of two wishes they grant.
+        ("h2c behind websocket", realtime("Connection: Upgrade\r\nUpgrade: websocket, h2c\r\n")),
+        ("h2c before websocket", realtime("Connection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket\r\n")),
+        ("h2c on a second line", realtime("Connection: Upgrade\r\nUpgrade: websocket\r\nUpgrade: h2c\r\n")),
         ("a name without the wish", realtime("Upgrade: websocket\r\n")),
         ("the wish without a name", realtime("Connection: Upgrade\r\n")),
         ("HTTP/1.0", upgrade("/v1/realtime?model=m").http10()),
@@ -252,6 +256,12 @@ async fn r06_what_may_not_switch_does_not() {
     }
     let answer = app.ask(&upgrade("/v1/realtime?model=m").http10()).await;
     assert_eq!(answer.status, 502, "{}", answer.text());
+    // So is one that switches to what nobody asked for.
+    for line in ["Upgrade: h2c\r\n", ""] {
+        let head = format!("HTTP/1.1 101 Switching Protocols\r\n{line}Connection: Upgrade\r\n\r\n");
+        upstream.script(vec![Step::Send(head.into()), Step::Switch]);
+        assert_openai_error(&app.ask(&upgrade("/v1/realtime?model=m")).await, 502, "backend_error");
+    }
     app.inflight_is("a", "m", 0.0).await;
 }
 
