@@ -12,6 +12,9 @@ pub const LINES_MAX: usize = 128;
 /// Longest head, in bytes.
 pub const HEAD_BYTES_MAX: usize = 64 * 1024;
 
+/// Most headers that `Connection` may name: each line is looked up among them.
+const NAMED_MAX: usize = 64;
+
 /// Why bytes are not a head that could be passed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum HeadError {
@@ -308,6 +311,14 @@ impl Lines {
         }));
     }
 
+    /// Looking each line up among the names that fit into a head would take its square.
+    fn check_named(&self) -> Result<(), HeadError> {
+        match self.all(Known::Connection).flat_map(tokens).nth(NAMED_MAX) {
+            Some(_) => Err(HeadError::Malformed("Connection names too many headers")),
+            None => Ok(()),
+        }
+    }
+
     /// Where a body ends by `Content-Length`, if there is one.
     fn content_length(&self) -> Result<Option<u64>, HeadError> {
         let mut length = None;
@@ -384,6 +395,7 @@ impl RequestHead {
         self.target = Lines::span_of(bytes, origin.as_bytes());
         self.authority = Lines::span_of(bytes, authority.as_bytes());
         self.lines.fill(bytes, parsed.headers);
+        self.lines.check_named()?;
         if self.lines.all(Known::Host).nth(1).is_some() {
             return Err(HeadError::Ambiguous("the request has two Host headers"));
         }
@@ -490,6 +502,7 @@ impl ResponseHead {
         let reason = Lines::span_of(bytes, parsed.reason.unwrap_or_default().as_bytes());
         let mut lines = Lines::default();
         lines.fill(bytes, parsed.headers);
+        lines.check_named()?;
         let framing = match (lines.is_chunked()?, lines.content_length()?) {
             (true, _) => Framing::Chunked,
             (false, Some(0)) => Framing::Empty,
@@ -631,6 +644,8 @@ mod tests {
             "Transfer-Encoding: \x0bchunked\r\n",
             "Transfer-Encoding:\r\n",
             "Host: a\r\nHost: a\r\n",
+            &format!("Connection: {}close\r\n", "x, ".repeat(NAMED_MAX)),
+            &"Connection: x\r\n".repeat(NAMED_MAX + 1),
             "X: a\r\n folded\r\n",
             "X: a\0b\r\n",
             "X: a\rb\r\n",

@@ -204,7 +204,7 @@ impl<S: Transport> Client<S> {
     /// Reads the head of the next request into `head`.
     pub async fn next(&mut self, head: &mut RequestHead) -> Next {
         let mut end = HeadEnd::default();
-        let mut begun = !self.unread().is_empty();
+        let mut begun = has_begun(self.unread());
         self.deadline.at = Some(Instant::now() + if begun { HEAD_TIMEOUT } else { IDLE_TIMEOUT });
         loop {
             match end.find(self.unread()) {
@@ -235,7 +235,8 @@ impl<S: Transport> Client<S> {
             if let Err(end) = waited.await {
                 return end;
             }
-            if !std::mem::replace(&mut begun, true) {
+            if !begun && has_begun(self.unread()) {
+                begun = true;
                 self.deadline.at = Some(Instant::now() + HEAD_TIMEOUT);
             }
         }
@@ -393,6 +394,11 @@ pub enum BodyWait {
     TooSlow,
 }
 
+/// Empty lines in front of a request are none of it (RFC 9112, 2.2): some clients send one behind a body.
+fn has_begun(unread: &[u8]) -> bool {
+    unread.iter().any(|byte| !matches!(byte, b'\r' | b'\n'))
+}
+
 fn clear(buffer: &mut Vec<u8>, position: &mut usize) {
     *position = 0;
     if buffer.capacity() > KEPT_BYTES_MAX { *buffer = Vec::new() } else { buffer.clear() }
@@ -496,6 +502,19 @@ mod tests {
             "{:?}",
             since.elapsed()
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_empty_line_is_no_request_that_has_begun() {
+        let (mut client, mut peer, _shutdown) = connected();
+        let mut head = RequestHead::default();
+        let since = Instant::now();
+        peer.write_all(b"\r\n").await.unwrap();
+        let next = client.next(&mut head).await;
+        assert!(matches!(next, Next::End), "{next:?} would be told, and taken for the answer to what comes next");
+        assert!(since.elapsed() >= IDLE_TIMEOUT, "{:?}", since.elapsed());
+        peer.write_all(HEAD).await.unwrap();
+        assert!(matches!(client.next(&mut head).await, Next::Request));
     }
 
     #[tokio::test(start_paused = true)]
