@@ -226,7 +226,9 @@ impl ObjectReader {
     fn key<'a>(&mut self, rest: &'a [u8], findings: &mut Findings) -> &'a [u8] {
         match split_text(rest) {
             (run, [b'"', after @ ..]) => {
-                self.member = self.open[usize::from(self.depth) - 1].member(&self.joined(run));
+                let key = self.joined(run);
+                let scope = self.open[usize::from(self.depth) - 1];
+                self.member = key.map_or(Member::Nothing, |key| scope.member(&key));
                 match after {
                     [b':', first, ..] if !is_space(*first) => self.value(&after[1..], findings),
                     _ => self.then(State::Colon, after),
@@ -255,8 +257,9 @@ impl ObjectReader {
     fn word<'a>(&mut self, rest: &'a [u8], findings: &mut Findings) -> &'a [u8] {
         match split_text(rest) {
             (run, [b'"', after @ ..]) => {
-                let word = self.joined(run);
-                self.told(&word, findings);
+                if let Some(word) = self.joined(run) {
+                    self.told(&word, findings);
+                }
                 self.then(State::Next, after)
             }
             (run, []) if self.keep(run) => self.then(State::Word, &[]),
@@ -295,17 +298,17 @@ impl ObjectReader {
         fits
     }
 
-    /// A key or word of which this is the end; nothing if it is longer than any that means something.
-    fn joined<'a>(&mut self, run: &'a [u8]) -> Cow<'a, [u8]> {
+    /// A key or word of which this is the end; `None` if it is longer than any that means something.
+    fn joined<'a>(&mut self, run: &'a [u8]) -> Option<Cow<'a, [u8]>> {
         let mut token = std::mem::take(&mut self.token);
         if token.len() + run.len() > TOKEN_LIMIT_BYTES {
-            return Cow::Borrowed(&[]);
+            return None;
         }
         if token.is_empty() {
-            return Cow::Borrowed(run);
+            return Some(Cow::Borrowed(run));
         }
         token.extend_from_slice(run);
-        Cow::Owned(token)
+        Some(Cow::Owned(token))
     }
 
     /// Reads the rest of a string that means nothing.

@@ -463,6 +463,8 @@ fn ids_are_those_of_the_responses_api() {
     ] {
         assert_eq!(id(AnswerKind::Json, json).as_deref(), expected, "{json}");
     }
+    // With an id that is too long it is no such object, wherever the id is cut.
+    check_json(format!(r#"{{"response":{{"id":"{longest}r","status":"completed"}}}}"#), Usage::default());
     assert_eq!(read(AnswerKind::Json, [&b"{\"object\":\"response\",\"id\":\"\xFF\"}"[..]]).id, None);
     for (event, expected) in [
         (r#"{"type":"response.created","response":{"object":"response","id":"resp_1"}}"#, Some("resp_1")),

@@ -56,7 +56,7 @@ enum End {
     Broken,
 }
 
-/// Longest extension of a chunk, with the character it begins with.
+/// Longest extension of a chunk, with the blanks in front of it or else its semicolon.
 const EXTENSION_BYTES_MAX: usize = 256;
 /// Most bytes of trailers.
 const TRAILERS_BYTES_MAX: usize = 8 * 1024;
@@ -73,19 +73,17 @@ fn decode_plainly(input: &[u8]) -> Decoded {
     };
     loop {
         let digits = input[at..].iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
-        let mut behind = at + digits;
-        match input.get(behind) {
-            _ if digits > 16 => return ended(payload, b"", End::Broken),
-            None => return ended(payload, b"", End::Open),
-            Some(_) if digits == 0 => return ended(payload, b"", End::Broken),
-            Some(b';' | b' ' | b'\t') => {
-                let extension = input[behind..].iter().take_while(|byte| !b"\r\n\0".contains(byte)).count();
-                if extension > EXTENSION_BYTES_MAX {
-                    return ended(payload, b"", End::Broken);
-                }
-                behind += extension;
+        let blanks = input[at + digits..].iter().take_while(|byte| b" \t".contains(byte)).count();
+        let mut behind = at + digits + blanks;
+        if digits > 16 || blanks > EXTENSION_BYTES_MAX || digits == 0 && at < input.len() {
+            return ended(payload, b"", End::Broken);
+        }
+        if input.get(behind) == Some(&b';') {
+            let extension = input[behind + 1..].iter().take_while(|byte| !b"\r\n\0".contains(byte)).count();
+            if blanks.max(1) + extension > EXTENSION_BYTES_MAX {
+                return ended(payload, b"", End::Broken);
             }
-            Some(_) => {}
+            behind += 1 + extension;
         }
         if let Err(end) = follows(behind, b"\r\n") {
             return ended(payload, b"", end);

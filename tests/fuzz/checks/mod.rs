@@ -12,6 +12,7 @@ pub mod head;
 pub mod json_scan;
 pub mod labels;
 pub mod paths;
+pub mod usage;
 
 use inference_proxy::scan::{ModelScanner, ScanError};
 
@@ -27,6 +28,7 @@ pub const TARGETS: &[Target] = &[
     ("body", body::check),
     ("paths", paths::check),
     ("labels", labels::check),
+    ("usage", usage::check),
 ];
 
 /// Numbers that depend on an input only, so that an input that fails fails again.
