@@ -28,9 +28,9 @@
 //! answer passes through [`proxy::relay`], and claim, connection and account are settled at its end, whichever end that is.
 //!
 //! HTTP/1.1 is read and written here and not by a library, because the heads and the framing of two messages are all
-//! that a proxy has to understand, and understanding them in place costs less than half of what it costs to turn them
-//! into objects and back; `docs/performance.md` has the figures. HTTP/2 is hyper's, at the door: each of its streams becomes
-//! a connection to the same engine.
+//! that a proxy has to understand, and to understand them where they lie takes less time and a sixth of the memory of
+//! turning them into objects and back; `docs/performance.md` has the figures. HTTP/2 is hyper's, at the door: each of its
+//! streams becomes a connection to the same engine.
 //!
 //! # The life of a container
 //!
