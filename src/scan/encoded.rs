@@ -23,6 +23,7 @@ pub(super) struct GzipScanner(MultiGzDecoder<Decoded>);
 #[derive(Debug)]
 struct Decoded {
     format: Format,
+    /// Nothing is taken in any more: the decoder tries again with what was refused, for the last time when it is dropped.
     failure: Option<ScanError>,
     sent_bytes: u64,
     decoded_bytes: u64,
@@ -55,13 +56,16 @@ impl GzipScanner {
     }
 
     /// Why decoding failed: because of what came out, or because of what went in.
-    fn fault(&mut self) -> ScanError {
-        self.0.get_mut().failure.take().unwrap_or(ScanError::InvalidGzip)
+    fn fault(&self) -> ScanError {
+        self.0.get_ref().failure.clone().unwrap_or(ScanError::InvalidGzip)
     }
 }
 
 impl Write for Decoded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.failure.is_some() {
+            return Err(io::ErrorKind::Other.into());
+        }
         self.decoded_bytes += bytes.len() as u64;
         let fed = if self.decoded_bytes > DECODED_BYTES_FREE + RATIO_MAX * self.sent_bytes {
             Err(ScanError::DecodesTooLarge { ratio: RATIO_MAX })
@@ -131,6 +135,12 @@ mod tests {
         assert_eq!(scan(scanner(), [&gzip(b"{}")[..]]), Err(ScanError::ModelMissing));
         let differ = scan(scanner(), [&gzip(br#"{"model":"m","model":"n"}"#)[..]]);
         assert!(matches!(differ, Err(ScanError::ModelsDiffer { .. })), "{differ:?}");
+    }
+
+    #[test]
+    fn what_was_refused_is_not_read_again() {
+        // The quote would be the end of the text, and the bracket that of one that was never opened.
+        assert_eq!(scan(scanner(), [&gzip(b"\"]")[..]]), Err(ScanError::NotAnObject));
     }
 
     #[test]

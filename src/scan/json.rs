@@ -295,10 +295,12 @@ impl JsonScanner {
             return Err(self.invalid(LONE_SURROGATE, rest));
         }
         let (run, stop) = split_text(rest);
-        if let Some(at) = run.iter().position(|&byte| byte < b' ') {
+        let control = run.iter().position(|&byte| byte < b' ');
+        // Whatever is wrong first is what is told, however the value is cut.
+        self.model.push(&run[..control.unwrap_or(run.len())])?;
+        if let Some(at) = control {
             return Err(self.invalid("`model` holds a raw control character", &rest[at..]));
         }
-        self.model.push(run)?;
         match stop {
             [] => Ok(self.then(State::Text(Role::Model { high }), &[])),
             [b'\\', after @ ..] => Ok(self.begin_escape(Role::Model { high }, after)),
@@ -566,6 +568,8 @@ mod tests {
         }
         check_invalid(b"{\"model\":\"m\xFF\"}", "`model` is not UTF-8", 12);
         check_invalid("{\"model\":\"m\n\"}", "`model` holds a raw control character", 11);
+        let too_long = "m".repeat(MODEL_LIMIT_BYTES + 3);
+        check(format!("{{\"model\":\"{too_long}\n\"}}"), Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES }));
         check_invalid(r#"{"model":"\ud83d"}"#, LONE_SURROGATE, 16);
         check_invalid(r#"{"model":"\ud83dx"}"#, LONE_SURROGATE, 16);
         check_invalid(r#"{"model":"\ud83dx\ude00"}"#, LONE_SURROGATE, 16);

@@ -148,7 +148,7 @@ impl FormScanner {
                 Ok(1)
             }
             State::Headers(headers) => {
-                let used = headers.read(rest)?;
+                let used = headers.read(rest, self.boundary.needle())?;
                 if headers.line == b"\r\n" {
                     let content = Content { model: headers.end()?, last: [0; 2], withheld: 0 };
                     self.state = State::Content(content);
@@ -228,7 +228,7 @@ impl Content {
 impl Headers {
     /// Reads up to the end of the line, or all of `rest`; returns the number of bytes read. The line stays in `line` if
     /// it is the empty one behind the headers.
-    fn read(&mut self, rest: &[u8]) -> Result<usize, ScanError> {
+    fn read(&mut self, rest: &[u8], boundary: &[u8]) -> Result<usize, ScanError> {
         let used = memchr(b'\n', rest).map_or(rest.len(), |end| end + 1);
         self.bytes += used;
         if self.bytes > HEADERS_LIMIT_BYTES {
@@ -237,6 +237,10 @@ impl Headers {
         self.line.extend_from_slice(&rest[..used]);
         if self.line.ends_with(b"\n") && self.line != b"\r\n" {
             let mut line = std::mem::take(&mut self.line);
+            // It has the form of a header's name, but readers that look for boundaries first see a part that ends here.
+            if line.starts_with(boundary) {
+                return Err(invalid("a boundary stands among the headers of a part"));
+            }
             self.header(&line)?;
             line.clear();
             self.line = line;
@@ -466,6 +470,8 @@ mod tests {
             ("Content-Disposition: form-data; name=a;\n name=model", "a header of a part has no colon"),
             ("Content-Disposition: form-data; name=a\n x: y", "a header of a part has no valid name"),
             ("Content-Disposition : form-data; name=model", "a header of a part has no valid name"),
+            ("Content-Disposition: form-data; name=model\n--B-x: y", "a boundary stands among the headers of a part"),
+            ("--B: y\nContent-Disposition: form-data; name=model", "a boundary stands among the headers of a part"),
             ("Content-Disposition: form-data; name=mo\0del", "a header of a part holds a control character"),
             (
                 "Content-Transfer-Encoding: base64\nContent-Disposition: form-data; name=model",
