@@ -25,8 +25,8 @@ use inference_proxy::{
     },
 };
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    process::{Child, Command},
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
 };
 
 pub(crate) use inference_proxy::discovery::Health;
@@ -69,6 +69,8 @@ pub(crate) struct Spec {
 pub(crate) struct ProxyProcess {
     child: Child,
     pub(crate) addr: SocketAddr,
+    /// Kept open: after a minute the test harness in the child has something to say, and dies if nobody could hear it.
+    _says: Lines<BufReader<ChildStdout>>,
 }
 
 /// A discovery that has one thing to say, and takes its time.
@@ -332,7 +334,7 @@ impl ProxyProcess {
             }
         })
         .await;
-        Self { child, addr }
+        Self { child, addr, _says: lines }
     }
 
     /// The sum of all series of this name that have all of these labels; none when there is no such series.
