@@ -17,10 +17,10 @@ STATIC_DIR := target/static
 BINARY     := dist/inference-proxy
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-fast test-sdk test-docker fuzz check fmt image image-test binary clean
+.PHONY: help demo demo-down test test-fast test-prometheus test-sdk test-page test-docker fuzz check fmt image image-test binary clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-16s %s\n", $$1, $$2 }'
 
 demo: ## Start the proxy and two demo backends in containers, and try them (DEMO_PORT=8080)
 	@.ci/prepare rust curl docker compose
@@ -30,7 +30,7 @@ demo: ## Start the proxy and two demo backends in containers, and try them (DEMO
 demo-down: ## End the demo
 	@.ci/demo down
 
-test: test-fast test-sdk test-docker ## Run every test; sets up Docker when it is missing
+test: test-fast test-prometheus test-sdk test-page test-docker ## Run every test; sets up Docker when it is missing
 
 test-fast: ## Run the unit and integration tests; needs no Docker
 	@.ci/prepare rust
@@ -40,11 +40,21 @@ test-fast: ## Run the unit and integration tests; needs no Docker
 	    set -x; cargo test --locked; \
 	fi
 
+test-prometheus: ## Have Prometheus read the metrics and answer the dashboard's queries
+	@.ci/prepare rust prometheus compose
+	.ci/compose -f compose.example.yml --profile observability config --quiet
+	PROMETHEUS_REQUIRED=1 cargo test --locked --test it -- observability::
+
 # The binary as the integration tests build it: `cargo build` would take other features, and most of a build more.
 test-sdk: ## Run the official Python SDKs against the proxy
 	@.ci/prepare rust python
 	cargo test --locked --no-run --test it
 	.ci/sdk
+
+test-page: ## Run the status page in a headless browser
+	@.ci/prepare rust python3 chromium
+	cargo test --locked --no-run --test it
+	.ci/page
 
 test-docker: image-test ## Run the tests against the real Docker Engine (DOCKER_TEST_THREADS=6)
 	@.ci/prepare compose

@@ -1,6 +1,10 @@
 //! The proxy's own pages: health, readiness, metrics, status.
 
+pub mod live;
+mod page;
+
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -9,17 +13,23 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::{
+    StreamExt as _,
+    stream::{self, BoxStream},
+};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::Frame;
+use http_body_util::{Either, Full, StreamBody};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
 };
 
+use self::live::{Live, Watcher};
 use crate::{
-    scan::Finish,
-    status::{Ask, Status},
-    table::TableReader,
-    telemetry::metrics::{Exposition, Metrics, ModelMetrics},
+    report::Reporter,
+    status::{self, Ask, Status, text::Look},
+    telemetry::exposition::Exposition,
 };
 
 /// How long the registry gets to describe itself.
@@ -32,13 +42,16 @@ pub struct Admin {
     pub ready: Arc<AtomicBool>,
     /// The proxy is shutting down.
     pub stopping: Arc<AtomicBool>,
-    /// What is live.
-    pub table: TableReader,
-    /// Instruments that belong to no model.
-    pub metrics: Arc<Metrics>,
+    /// The instruments.
+    pub reporter: Reporter,
     /// The way to the registry.
     pub asks: mpsc::Sender<Ask>,
+    /// Who watches the status.
+    pub live: Live,
 }
+
+/// An answer's body on the admin port: whole, or as it comes.
+pub type AdminBody = Either<Full<Bytes>, StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>>;
 
 /// One of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,25 +88,58 @@ impl Page {
 }
 
 impl Admin {
-    /// Shows a page.
-    pub async fn show(&self, page: Page) -> Response<Bytes> {
+    /// Shows a page to a client that says it can take what `accept` lists.
+    pub async fn show(&self, page: Page, accept: Option<&[u8]>) -> Response<Bytes> {
         match page {
             Page::Health => text(StatusCode::OK, "ok\n".to_owned()),
             Page::Ready => self.ready(),
             Page::Metrics => self.metrics(),
             Page::Status => self.status().await,
+            Page::Overview if lists(accept, "text/html") => page::page(),
             Page::Overview => self.overview().await,
         }
     }
 
-    /// Serves a request on the admin port.
-    pub async fn handle<B>(&self, request: &Request<B>) -> Response<Bytes> {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET here\n".to_owned());
+    /// A watcher, if this asks for the status as it changes; or why there cannot be one more.
+    pub fn watch(
+        &self,
+        page: Page,
+        method: &Method,
+        accept: Option<&[u8]>,
+    ) -> Option<Result<Watcher, Response<Bytes>>> {
+        if page != Page::Status || *method != Method::GET || !lists(accept, live::CONTENT_TYPE) {
+            return None;
         }
-        match Page::of(request.uri().path()) {
-            Some(page) => self.show(page).await,
-            None => text(StatusCode::NOT_FOUND, "here are /, /status, /metrics, /healthz and /readyz\n".to_owned()),
+        Some(self.live.watcher(self).ok_or_else(|| {
+            let why =
+                format!("shutting down, or {} watch already; GET /status works at any time\n", live::WATCHERS_MAX);
+            let mut response = text(StatusCode::SERVICE_UNAVAILABLE, why);
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("10"));
+            response
+        }))
+    }
+
+    /// Serves a request on the admin port.
+    pub async fn handle<B>(&self, request: &Request<B>) -> Response<AdminBody> {
+        let whole = |response: Response<Bytes>| response.map(|body| Either::Left(Full::new(body)));
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return whole(text(StatusCode::METHOD_NOT_ALLOWED, "only GET here\n".to_owned()));
+        }
+        let Some(page) = Page::of(request.uri().path()) else {
+            let here = "here are /, /status, /metrics, /healthz and /readyz\n";
+            return whole(text(StatusCode::NOT_FOUND, here.to_owned()));
+        };
+        let accept = request.headers().get(header::ACCEPT).map(HeaderValue::as_bytes);
+        match self.watch(page, request.method(), accept) {
+            Some(Ok(watcher)) => {
+                let pieces = stream::unfold(watcher, |mut watcher| async move {
+                    let piece = watcher.next().await?;
+                    Some((Ok(Frame::data(piece)), watcher))
+                });
+                live::head().map(|()| Either::Right(StreamBody::new(pieces.boxed())))
+            }
+            Some(Err(refused)) => whole(refused),
+            None => whole(self.show(page, accept).await),
         }
     }
 
@@ -111,84 +157,12 @@ impl Admin {
 
     /// Prometheus text.
     fn metrics(&self) -> Response<Bytes> {
-        let mut response = text(StatusCode::OK, self.exposition());
+        let mut exposition = Exposition::default();
+        self.reporter.tell(&mut exposition);
+        let mut response = text(StatusCode::OK, exposition.finish());
         let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
         response
-    }
-
-    fn exposition(&self) -> String {
-        let table = self.table.snapshot();
-        let routes = table.routes();
-        let models: Vec<(&str, &ModelMetrics)> = routes
-            .iter()
-            .map(|route| (&*route.model.id, &route.model.metrics))
-            .chain([("_unknown", &self.metrics.unknown)])
-            .collect();
-        let mut text = Exposition::default();
-        text.family(
-            "proxy_requests_total",
-            "counter",
-            "Requests by model and by the status their client got; 499: it left first.",
-        );
-        for (model, metrics) in &models {
-            metrics.requests.each(|status, count| {
-                text.sample("proxy_requests_total", &[("model", model), ("status", status)], count);
-            });
-        }
-        text.family("proxy_request_duration_seconds", "histogram", "From a request's head to the end of its answer.");
-        for (model, metrics) in &models {
-            text.histogram("proxy_request_duration_seconds", ("model", model), &metrics.duration);
-        }
-        text.family(
-            "proxy_time_to_first_token_seconds",
-            "histogram",
-            "From a request's head to the first token of its answer.",
-        );
-        for (model, metrics) in &models {
-            text.histogram("proxy_time_to_first_token_seconds", ("model", model), &metrics.time_to_first_token);
-        }
-        text.family(
-            "proxy_tokens_total",
-            "counter",
-            "Tokens as backends count them; cached_input is part of input, reasoning of output.",
-        );
-        for (model, metrics) in &models {
-            let tokens = &metrics.tokens;
-            for (kind, counter) in [
-                ("input", &tokens.input),
-                ("cached_input", &tokens.cached_input),
-                ("output", &tokens.output),
-                ("reasoning", &tokens.reasoning),
-            ] {
-                text.sample("proxy_tokens_total", &[("model", model), ("type", &kind)], counter.get());
-            }
-        }
-        text.family("proxy_finish_reasons_total", "counter", "Why answers ended, as backends say it.");
-        for (model, metrics) in &models {
-            for (finish, counter) in Finish::ALL.iter().zip(&metrics.finishes).filter(|(_, counter)| counter.get() > 0)
-            {
-                text.sample(
-                    "proxy_finish_reasons_total",
-                    &[("model", model), ("reason", &finish.as_str())],
-                    counter.get(),
-                );
-            }
-        }
-        text.family("proxy_backend_inflight", "gauge", "Requests that a backend is serving.");
-        for member in table.members() {
-            let labels: [(&str, &dyn std::fmt::Display); 2] =
-                [("backend", &member.backend.spec.name), ("model", &member.model.id)];
-            text.sample("proxy_backend_inflight", &labels, member.in_flight());
-        }
-        text.family("proxy_backends_active", "gauge", "Backends that may get requests.");
-        let active = table.backends().iter().filter(|backend| !backend.is_closed()).count();
-        text.sample("proxy_backends_active", &[], active);
-        text.family("proxy_routing_table_updates_total", "counter", "Changes of the routing table by action.");
-        for (action, count) in self.metrics.table_updates() {
-            text.sample("proxy_routing_table_updates_total", &[("action", &action)], count);
-        }
-        text.finish()
     }
 
     /// Status as JSON.
@@ -197,7 +171,10 @@ impl Admin {
             Some(status) => match serde_json::to_vec(&status) {
                 Ok(json) => {
                     let mut response = Response::new(Bytes::from(json));
-                    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                    let headers = response.headers_mut();
+                    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+                    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+                    headers.insert(header::VARY, HeaderValue::from_static("accept"));
                     response
                 }
                 Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
@@ -209,7 +186,7 @@ impl Admin {
     /// Status for a person with a browser.
     async fn overview(&self) -> Response<Bytes> {
         match self.ask().await {
-            Some(status) => text(StatusCode::OK, status.to_string()),
+            Some(status) => text(StatusCode::OK, status::text::render(&status, Look::default())),
             None => text(StatusCode::SERVICE_UNAVAILABLE, "the registry does not answer\n".to_owned()),
         }
     }
@@ -221,9 +198,20 @@ impl Admin {
             answer.await.ok()
         };
         let mut status = timeout(ASK_TIMEOUT, asking).await.ok().flatten()?;
-        status.ready &= !self.stopping.load(Ordering::Acquire);
+        status.stopping = self.stopping.load(Ordering::Acquire);
+        status.ready &= !status.stopping;
         Some(status)
     }
+}
+
+/// Whether `Accept` names this media type. Parameters and the order of preference say nothing here: whoever names it can
+/// take it.
+fn lists(accept: Option<&[u8]>, media_type: &str) -> bool {
+    let is_it = |item: &[u8]| {
+        let name = item.split(|byte| *byte == b';').next().unwrap_or_default();
+        name.trim_ascii().eq_ignore_ascii_case(media_type.as_bytes())
+    };
+    accept.is_some_and(|accept| accept.split(|byte| *byte == b',').any(is_it))
 }
 
 fn text(status: StatusCode, text: String) -> Response<Bytes> {

@@ -11,24 +11,29 @@ use std::{
     time::Duration,
 };
 
-use http_body_util::Full;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    runtime::Handle,
     sync::{Semaphore, mpsc},
     time::sleep,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    admin::Admin,
-    config::Config,
+    admin::{Admin, live::Live},
+    config::{Balance, Config},
     discovery::Discovery,
     listen::{self, Workers},
     proxy::Proxy,
     registry::Registry,
-    table,
-    telemetry::metrics::Metrics,
+    report::Reporter,
+    scrape,
+    table::{self, TableReader},
+    telemetry::{
+        metrics::Metrics,
+        otlp::{Otlp, OtlpError, OtlpReport},
+    },
 };
 
 /// Questions to the registry on their way.
@@ -40,6 +45,8 @@ const ADMIN_HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long connections are still accepted once readiness says no: whoever balances over several proxies needs a moment to
 /// notice.
 const SETTLE: Duration = Duration::from_secs(1);
+/// How long the last telemetry gets to reach its collector, once the last request is done.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A running proxy.
 #[derive(Debug)]
@@ -48,9 +55,12 @@ pub struct App {
     admin_addr: Option<SocketAddr>,
     workers: Option<Arc<Workers>>,
     accepting: CancellationToken,
+    /// Cancelled when shutdown begins: whoever watches the status is told, and let go.
+    watched: CancellationToken,
     stopping: Arc<AtomicBool>,
     ready: Arc<AtomicBool>,
     drain_timeout: Duration,
+    otlp: Option<Otlp>,
 }
 
 /// Why the proxy did not start.
@@ -68,6 +78,9 @@ pub enum StartError {
         /// Why.
         error: io::Error,
     },
+    /// Telemetry is asked for that cannot be sent.
+    #[error(transparent)]
+    Otlp(#[from] OtlpError),
     /// The operating system refuses what a server needs.
     #[error("cannot start: {0}")]
     Os(#[from] io::Error),
@@ -78,7 +91,7 @@ impl App {
     ///
     /// # Errors
     /// A port cannot be had, or threads cannot be started.
-    pub async fn start(config: Config, discovery: Box<dyn Discovery>) -> Result<App, StartError> {
+    pub async fn start(config: Config, mut discovery: Box<dyn Discovery>) -> Result<App, StartError> {
         let listener = listen::bind(config.bind, config.port).map_err(|error| StartError::Bind {
             what: "data",
             port: config.port,
@@ -96,8 +109,8 @@ impl App {
 
         let config = Arc::new(config);
         let count = std::thread::available_parallelism().map_or(1, usize::from);
-        let metrics = Arc::new(Metrics::default());
         let (publisher, reader) = table::table();
+        let (metrics, otlp) = start_telemetry(&config, &reader)?;
         let (ready, stopping) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let tasks = TaskTracker::new();
@@ -105,14 +118,16 @@ impl App {
         let source = discovery.name();
         let registry =
             Registry::new(config.clone(), count, source, publisher, metrics.clone(), ready.clone(), tasks.clone());
-        tasks.spawn(registry.run(discovery.changes(), asked));
+        discovery.count_in(&metrics);
+        tasks.spawn(registry.run(discovery, asked));
 
+        let watched = CancellationToken::new();
         let admin = Admin {
             ready: ready.clone(),
             stopping: stopping.clone(),
-            table: reader.clone(),
-            metrics: metrics.clone(),
+            reporter: Reporter { table: reader.clone(), metrics: metrics.clone() },
             asks,
+            live: Live::new(watched.clone()),
         };
         let accepting = CancellationToken::new();
         if let Some(listener) = admin_listener {
@@ -122,6 +137,10 @@ impl App {
                 admin.clone(),
                 tasks.clone(),
             )));
+        }
+        if config.balance != Balance::RoundRobin {
+            let scraping = scrape::run(reader.clone(), config.connect_timeout);
+            tasks.spawn(accepting.clone().run_until_cancelled_owned(scraping));
         }
         let proxy = Arc::new(Proxy::new(&config, reader, metrics, admin));
         let connections_max = listen::connections_max();
@@ -137,9 +156,11 @@ impl App {
             admin_addr,
             workers: Some(workers),
             accepting,
+            watched,
             stopping,
             ready,
             drain_timeout: config.drain_timeout,
+            otlp,
         })
     }
 
@@ -162,6 +183,7 @@ impl App {
     /// the drain timeout. Returns whether all of them did.
     pub async fn shutdown(mut self) -> bool {
         self.stopping.store(true, Ordering::Release);
+        self.watched.cancel();
         tracing::info!(drain_timeout = ?self.drain_timeout, "shutting down");
         sleep(SETTLE.min(self.drain_timeout)).await;
         self.accepting.cancel();
@@ -180,8 +202,33 @@ impl App {
         if !finished {
             tracing::warn!("requests were still under way at the end of the drain timeout and have been cut");
         }
+        if let Some(otlp) = self.otlp.take()
+            && !otlp.finish(FLUSH_TIMEOUT).await
+        {
+            tracing::warn!(limit = ?FLUSH_TIMEOUT, "not all telemetry has reached its collector");
+        }
         finished
     }
+}
+
+/// The instruments, and what sends them if anything does.
+fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Arc<Metrics>, Option<Otlp>), StartError> {
+    let Some(settings) = &config.otlp else { return Ok((Arc::new(Metrics::default()), None)) };
+    let mut otlp = Otlp::start(settings, &Handle::current())?;
+    let metrics = Arc::new(Metrics::with_tracing(otlp.tracing()));
+    let reporter = Reporter { table: table.clone(), metrics: metrics.clone() };
+    otlp.send_metrics(move |report: &mut OtlpReport| reporter.tell(report));
+    for (what, collector) in [
+        ("traces", settings.traces.as_ref().map(|traces| &traces.collector)),
+        ("metrics", settings.metrics.as_ref().map(|metrics| &metrics.collector)),
+    ] {
+        if let Some(collector) = collector {
+            // Paths and queries may hold keys.
+            let to = collector.url.authority().map(|authority| authority.as_str());
+            tracing::info!(what, collector = to, protocol = ?collector.protocol, "sending telemetry");
+        }
+    }
+    Ok((metrics, Some(otlp)))
 }
 
 async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: TaskTracker) {
@@ -199,7 +246,7 @@ async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: Tas
         let admin = admin.clone();
         let service = service_fn(move |request| {
             let admin = admin.clone();
-            async move { Ok::<_, Infallible>(admin.handle(&request).await.map(Full::new)) }
+            async move { Ok::<_, Infallible>(admin.handle(&request).await) }
         });
         tasks.spawn(async move {
             let mut server = hyper::server::conn::http1::Builder::new();

@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use crate::{
     config::{KNOBS, LogFormat},
     demo::DemoOptions,
+    status::text::Form,
 };
 
 /// What the user asked for.
@@ -34,8 +35,8 @@ pub enum Call {
     Status {
         /// Whom to ask; `None`: the proxy of this environment.
         url: Option<String>,
-        /// As JSON.
-        json: bool,
+        /// As what.
+        form: Form,
     },
     /// Run a small inference server without a model.
     DemoBackend(DemoOptions),
@@ -60,7 +61,14 @@ pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, 
     let url = |matches: &ArgMatches| matches.get_one::<String>("url").cloned();
     let call = match matches.subcommand() {
         Some(("healthcheck", m)) => Call::Healthcheck { url: url(m) },
-        Some(("status", m)) => Call::Status { url: url(m), json: m.get_flag("json") },
+        Some(("status", m)) => {
+            let form = match (m.get_flag("json"), m.get_flag("watch")) {
+                (true, _) => Form::Json,
+                (false, true) => Form::Watch,
+                (false, false) => Form::Table,
+            };
+            Call::Status { url: url(m), form }
+        }
         Some(("demo-backend", m)) => match m.get_one::<usize>("allocate-mb") {
             Some(megabytes) => Call::AllocateMb(*megabytes),
             None => Call::DemoBackend(demo_options(m)),
@@ -122,7 +130,19 @@ pub fn command() -> Command {
             Command::new("status")
                 .about("Show every labelled container, its state, and why it is or is not routed")
                 .arg(url("the proxy to ask [default: the proxy here]"))
-                .arg(Arg::new("json").long("json").action(ArgAction::SetTrue).help("as JSON")),
+                .arg(
+                    Arg::new("json")
+                        .long("json")
+                        .action(ArgAction::SetTrue)
+                        .conflicts_with("watch")
+                        .help("as JSON, the answer of GET /status"),
+                )
+                .arg(
+                    Arg::new("watch")
+                        .long("watch")
+                        .action(ArgAction::SetTrue)
+                        .help("show it again every second, until Ctrl-C"),
+                ),
         )
         .subcommand(
             Command::new("demo-backend")
@@ -224,7 +244,12 @@ mod tests {
         };
         assert_eq!((options.port, options.latency), (9, Duration::from_millis(7)));
         assert_eq!(options.models, ["a", "b"]);
-        assert!(matches!(parsed(&["status", "--json"]).unwrap().call, Call::Status { json: true, url: None }));
+        for (args, expected) in
+            [(&["status"][..], Form::Table), (&["status", "--json"], Form::Json), (&["status", "--watch"], Form::Watch)]
+        {
+            assert!(matches!(parsed(args).unwrap().call, Call::Status { form, url: None } if form == expected));
+        }
+        assert!(parsed(&["status", "--json", "--watch"]).is_err());
         assert!(parsed(&["serve", "--port", "1"]).is_err());
         assert!(parsed(&["-L", "xml"]).is_err());
     }

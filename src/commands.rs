@@ -1,15 +1,29 @@
 //! The subcommands that ask a running proxy.
 
 use std::{
+    io::{IsTerminal as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
 use bytes::Bytes;
 use http::{StatusCode, Uri};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::sleep,
+};
 
-use crate::{config::Config, fetch::Fetch, status::Status};
+use crate::{
+    config::Config,
+    fetch::Fetch,
+    status::{
+        Status,
+        text::{self, Form, Look},
+    },
+};
 
+/// How often the status is shown anew while it is watched.
+const EVERY: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_BYTES_MAX: usize = 64 * 1024 * 1024;
 
@@ -26,25 +40,100 @@ pub async fn healthcheck(config: &Config, url: Option<&str>) -> Result<(), Strin
     if status.is_success() { Ok(()) } else { Err(format!("{url} answered {status}")) }
 }
 
-/// Asks the proxy at `url`, or the one that this environment describes, for its status; as text for people, or as JSON.
+/// Asks the proxy at `url`, or the one that this environment describes, for its status, and prints it.
 ///
 /// # Errors
-/// It cannot be asked, or answers with something else; the text says so.
-pub async fn status(config: &Config, url: Option<&str>, json: bool) -> Result<String, String> {
+/// It cannot be asked, or answers with something else; the text says so, and what to do.
+pub async fn status(config: &Config, url: Option<&str>, form: Form, look: Look) -> Result<(), String> {
     let url = match url {
-        Some(url) => format!("{}/status", url.trim_end_matches('/').trim_end_matches("/status")),
+        Some(url) => format!("{}/status", url.trim_end_matches('/').trim_end_matches("/status").trim_end_matches('/')),
         None => format!("http://{}/status", own_addr(config, config.admin_port.unwrap_or(config.port))),
     };
-    let (status, body) = get(&url).await?;
-    if status != StatusCode::OK {
-        return Err(format!("{url} answered {status}: {}", String::from_utf8_lossy(&body).trim()));
+    match form {
+        Form::Json => {
+            let body = ask(&url).await?;
+            let _: Status = read(&url, &body)?;
+            print(&format!("{}\n", String::from_utf8_lossy(&body)))
+        }
+        Form::Table => {
+            let status = read(&url, &ask(&url).await?)?;
+            print(&text::render(&status, look))
+        }
+        Form::Watch => watch(&url, look).await,
     }
-    if json {
-        return Ok(String::from_utf8_lossy(&body).into_owned());
+}
+
+/// Shows it again and again, until Ctrl-C. A proxy that does not answer is shown, too: it may be back in a moment.
+async fn watch(url: &str, look: Look) -> Result<(), String> {
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("cannot wait for Ctrl-C: {error}"))?;
+    let is_terminal = std::io::stdout().is_terminal();
+    let showing = async {
+        loop {
+            let shown = match ask(url).await.and_then(|body| read(url, &body)) {
+                Ok(status) => text::render(&status, look),
+                Err(error) => format!("inference-proxy: {error}\n"),
+            };
+            if is_terminal {
+                // From the top, each line up to its end, then what is left of the last time: without a flicker.
+                print(&format!("\x1b[H{}\x1b[J", shown.replace('\n', "\x1b[K\r\n")))?;
+            } else {
+                print(&format!("{shown}\n"))?;
+            }
+            sleep(EVERY).await;
+        }
+    };
+    if is_terminal {
+        // A screen of its own; what was there before comes back at the end.
+        print("\x1b[?1049h\x1b[?25l")?;
     }
-    let status: Status = serde_json::from_slice(&body)
-        .map_err(|error| format!("{url} does not answer like an inference-proxy: {error}"))?;
-    Ok(status.to_string())
+    let ended = tokio::select! {
+        ended = showing => ended,
+        _ = interrupt.recv() => Ok(()),
+    };
+    if is_terminal {
+        print("\x1b[?25h\x1b[?1049l")?;
+    }
+    ended
+}
+
+/// Whoever reads may have seen enough (`| head`): that is no error.
+fn print(text: &str) -> Result<(), String> {
+    let mut out = std::io::stdout().lock();
+    match write!(out, "{text}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(format!("cannot print: {error}")),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+async fn ask(url: &str) -> Result<Bytes, String> {
+    let answer = get(url).await.map_err(|error| {
+        if !url.starts_with("http://") {
+            return error;
+        }
+        let ports = "--url, else PROXY_ADMIN_PORT, else PROXY_PORT";
+        format!("{error}; is the proxy running, and is this its port? ({ports})")
+    });
+    match answer? {
+        (StatusCode::OK, body) => Ok(body),
+        (StatusCode::NOT_FOUND, _) => Err(format!(
+            "{url} answered 404: either this is no inference-proxy, or its status is on its PROXY_ADMIN_PORT \
+             (--url http://HOST:PORT)"
+        )),
+        (status, body) => {
+            let body: String =
+                String::from_utf8_lossy(&body).trim().chars().filter(|c| !c.is_control()).take(200).collect();
+            Err(format!("{url} answered {status}: {body}"))
+        }
+    }
+}
+
+fn read(url: &str, body: &[u8]) -> Result<Status, String> {
+    serde_json::from_slice(body).map_err(|_| {
+        format!(
+            "{url} does not answer like an inference-proxy of this version ({}): is this its port?",
+            env!("CARGO_PKG_VERSION")
+        )
+    })
 }
 
 fn own_addr(config: &Config, port: u16) -> SocketAddr {

@@ -4,7 +4,11 @@
 //! option that must be set later, no text that must be parsed again. Only `main` reads the process environment; everything
 //! else gets it as pairs, so tests configure by value.
 
+pub mod otlp;
+
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
+
+use self::otlp::OtlpSettings;
 
 /// One environment variable: its name, its default as a user would write it, and what it does.
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +26,18 @@ const fn knob(name: &'static str, default: &'static str, help: &'static str) -> 
 }
 
 /// Every variable that the proxy reads.
-pub const KNOBS: &[Knob] = &[
+pub const KNOBS: &[Knob] = &{
+    let mut all = [OWN[0]; OWN.len() + otlp::KNOBS.len()];
+    let mut at = 0;
+    while at < all.len() {
+        all[at] = if at < OWN.len() { OWN[at] } else { otlp::KNOBS[at - OWN.len()] };
+        at += 1;
+    }
+    all
+};
+
+/// Those that are its own, and Docker's.
+const OWN: &[Knob] = &[
     knob("PROXY_PORT", "8080", "data port"),
     knob("PROXY_BIND", "", "address to listen on; unset: all addresses, IPv4 and IPv6"),
     knob("PROXY_ADMIN_PORT", "", "when set, /metrics, /status and the status page move to this port"),
@@ -36,7 +51,7 @@ pub const KNOBS: &[Knob] = &[
     knob(
         "PROXY_BALANCE",
         "ewma",
-        "ewma, least, round_robin or prefix; until the latency-aware policies arrive, ewma and prefix act as least",
+        "which replica gets a request: ewma (fastest to the first byte for its load), least, round_robin or prefix",
     ),
     knob("PROXY_REQUIRE_HEALTHCHECK", "false", "true: ignore containers that have no HEALTHCHECK; false: probe them"),
     knob("PROXY_MODELS_REFRESH", "30s", "how often live backends are asked again for their models"),
@@ -45,9 +60,9 @@ pub const KNOBS: &[Knob] = &[
     knob(
         "PROXY_QUEUE_MAX",
         "256",
-        "requests per model that wait while no replica can take them; read, but waiting is not built yet",
+        "requests per model that wait, in order, while all replicas are full or its container is starting; 0: none",
     ),
-    knob("PROXY_QUEUE_TIMEOUT", "30s", "how long such a request waits; read, but waiting is not built yet"),
+    knob("PROXY_QUEUE_TIMEOUT", "30s", "how long such a request waits; 0: not at all"),
     knob("PROXY_CONNECT_TIMEOUT", "2s", "time limit for connecting to a backend"),
     knob("PROXY_FIRST_BYTE_TIMEOUT", "off", "time limit from the request to the first byte of its answer"),
     knob("PROXY_IDLE_TIMEOUT", "off", "longest silence of a backend, before or within its answer"),
@@ -65,12 +80,6 @@ pub const KNOBS: &[Knob] = &[
     knob("DOCKER_HOST", "", "Docker Engine to watch; unset: unix:///var/run/docker.sock"),
     knob("DOCKER_CERT_PATH", "", "folder with ca.pem, cert.pem and key.pem for a Docker Engine behind TLS"),
     knob("DOCKER_TLS_VERIFY", "", "any value: use TLS with DOCKER_CERT_PATH for a tcp:// DOCKER_HOST"),
-    knob(
-        "OTEL_EXPORTER_OTLP_ENDPOINT",
-        "",
-        "collector for traces and metrics; read, but the exporter is not built yet",
-    ),
-    knob("OTEL_SERVICE_NAME", "inference-proxy", "service name in telemetry"),
 ];
 
 /// What to do when several containers announce one model id.
@@ -132,6 +141,8 @@ pub struct Config {
     pub models_refresh: Duration,
     pub model_grace: Duration,
     pub retries: u32,
+    pub queue_max: usize,
+    pub queue_timeout: Duration,
     pub connect_timeout: Duration,
     pub first_byte_timeout: Option<Duration>,
     pub idle_timeout: Option<Duration>,
@@ -143,6 +154,8 @@ pub struct Config {
     pub usage_metrics: bool,
     pub log_format: Option<LogFormat>,
     pub docker: DockerEndpoint,
+    /// Telemetry over OTLP; `None`: there is none.
+    pub otlp: Option<OtlpSettings>,
 }
 
 /// A variable whose value is not understood. The process ends with exit code 2.
@@ -172,13 +185,6 @@ pub enum Warning {
         /// `DOCKER_HOST`.
         host: String,
     },
-    /// A setting that is read but has no effect yet.
-    NotYet {
-        /// Its name.
-        name: &'static str,
-        /// What happens instead.
-        instead: &'static str,
-    },
 }
 
 impl fmt::Display for Warning {
@@ -195,7 +201,6 @@ impl fmt::Display for Warning {
                 "DOCKER_HOST={host} is a public address without TLS: whoever can reach it owns that machine; set \
                  DOCKER_TLS_VERIFY"
             ),
-            Warning::NotYet { name, instead } => write!(f, "{name} has no effect yet: {instead}"),
         }
     }
 }
@@ -238,6 +243,8 @@ impl Config {
             })?,
             model_grace: env.required("PROXY_MODEL_GRACE", DURATION, parse_duration)?,
             retries: env.required("PROXY_RETRIES", "a number, 0 to 10", |v| v.parse().ok().filter(|n| *n <= 10))?,
+            queue_max: env.required("PROXY_QUEUE_MAX", "a number; 0 turns waiting off", |v| v.parse().ok())?,
+            queue_timeout: env.required("PROXY_QUEUE_TIMEOUT", DURATION, parse_duration)?,
             connect_timeout: env.required("PROXY_CONNECT_TIMEOUT", "a duration above zero, such as 2s", |v| {
                 parse_duration(v).filter(|d| !d.is_zero())
             })?,
@@ -261,10 +268,8 @@ impl Config {
                     .or_else(|| env.vars.get("HOME").map(|home| PathBuf::from(home).join(".docker"))),
                 tls: env.vars.contains_key("DOCKER_TLS_VERIFY"),
             },
+            otlp: otlp::resolve(&env)?,
         };
-        // Known knobs that a later part of the product gives their effect; refuse nonsense in them already now.
-        env.required("PROXY_QUEUE_MAX", "a number", |v| v.parse::<usize>().ok())?;
-        env.required("PROXY_QUEUE_TIMEOUT", DURATION, parse_duration)?;
         let warnings = env.warnings(&config);
         Ok((config, warnings))
     }
@@ -316,6 +321,17 @@ impl Env {
         parse(value).map(Some).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected })
     }
 
+    /// The same for a value that may hold a key: it is not repeated in the error.
+    fn secret<T>(
+        &self,
+        name: &'static str,
+        expected: &'static str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        let hide = |error| ConfigError { value: "(not shown)".to_owned(), ..error };
+        self.optional(name, expected, parse).map_err(hide)
+    }
+
     fn list(&self, name: &'static str) -> Vec<String> {
         debug_assert!(KNOBS.iter().any(|k| k.name == name), "{name} must be in KNOBS");
         let value = self.vars.get(name).map_or("", String::as_str);
@@ -330,20 +346,8 @@ impl Env {
             .filter(|name| name.starts_with("PROXY_") && !names().any(|known| known == *name))
             .map(|name| Warning::Unknown { name: name.clone(), nearest: nearest(name, names()) })
             .collect();
-        let set = |name: &str| self.vars.contains_key(name);
         if let Some(host) = config.docker.host.as_ref().filter(|host| !config.docker.tls && is_plain_and_public(host)) {
             warnings.push(Warning::PlainDocker { host: host.clone() });
-        }
-        if set("PROXY_BALANCE") && matches!(config.balance, Balance::Ewma | Balance::Prefix) {
-            let instead = "requests go to the replica with the least in-flight";
-            warnings.push(Warning::NotYet { name: "PROXY_BALANCE", instead });
-        }
-        for name in ["PROXY_QUEUE_MAX", "PROXY_QUEUE_TIMEOUT"].into_iter().filter(|n| set(n)) {
-            warnings.push(Warning::NotYet { name, instead: "requests that no replica can take are answered at once" });
-        }
-        if set("OTEL_EXPORTER_OTLP_ENDPOINT") {
-            let instead = "metrics are at /metrics, nothing is exported";
-            warnings.push(Warning::NotYet { name: "OTEL_EXPORTER_OTLP_ENDPOINT", instead });
         }
         warnings
     }

@@ -90,6 +90,8 @@ pub enum ProxyError {
     Overloaded {
         /// What is full.
         what: String,
+        /// When it may not be any more, if that is known.
+        retry_after: Option<Duration>,
     },
     /// The body is larger than the limit.
     #[error("the request body is larger than {limit_bytes} bytes ({knob})")]
@@ -128,7 +130,7 @@ pub enum ProxyError {
 }
 
 /// Seconds a client is asked to wait before it tries again.
-const RETRY_AFTER_SECONDS: u8 = 2;
+const RETRY_AFTER_SECONDS: u64 = 2;
 
 impl ProxyError {
     /// HTTP status of the answer.
@@ -149,7 +151,25 @@ impl ProxyError {
         }
     }
 
-    /// `error.code` of the OpenAI shape.
+    /// Every code there is.
+    pub const CODES: &[&str] = &[
+        "model_required",
+        "invalid_json",
+        "invalid_request",
+        "unsupported_encoding",
+        "request_header_too_large",
+        "request_timeout",
+        "not_found",
+        "method_not_allowed",
+        "model_not_found",
+        "model_unavailable",
+        "overloaded",
+        "request_too_large",
+        "backend_error",
+        "backend_timeout",
+    ];
+
+    /// `error.code` of the OpenAI shape; one of [`ProxyError::CODES`].
     pub fn code(&self) -> &'static str {
         match self {
             ProxyError::BadRequest { code, .. } => code,
@@ -216,7 +236,10 @@ impl ProxyError {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         match self {
             ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Overloaded { .. } => {
-                headers.insert(header::RETRY_AFTER, HeaderValue::from(u16::from(RETRY_AFTER_SECONDS)));
+                let known = if let ProxyError::Overloaded { retry_after, .. } = self { *retry_after } else { None };
+                // Whole seconds, rounded up: who comes back early comes in vain.
+                let seconds = known.map_or(RETRY_AFTER_SECONDS, |wait| wait.as_millis().div_ceil(1_000).max(1) as u64);
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
             }
             ProxyError::MethodNotAllowed { allow } => {
                 headers.insert(header::ALLOW, HeaderValue::from_static(allow));
@@ -261,7 +284,7 @@ mod tests {
             (ProxyError::NoBackend, 503, "model_unavailable"),
             (ProxyError::ModelNotFound { model: text() }, 404, "model_not_found"),
             (ProxyError::ModelUnavailable { model: text(), why: "it is draining" }, 503, "model_unavailable"),
-            (ProxyError::Overloaded { what: text() }, 429, "overloaded"),
+            (ProxyError::Overloaded { what: text(), retry_after: None }, 429, "overloaded"),
             (ProxyError::TooLarge { limit_bytes: 1, knob: "PROXY_MAX_BODY" }, 413, "request_too_large"),
             (ProxyError::Backend { backend: text(), what: "refused", attempts: 1 }, 502, "backend_error"),
             (ProxyError::BrokenOff { backend: text() }, 502, "backend_error"),

@@ -22,10 +22,12 @@
 //! [`listen`] accepts its connection on one of its worker threads, which keeps it to the end. There [`proxy`] serves it, in
 //! one task: it reads the head ([`http1::head`], [`proxy::client`]), finds out what its path means ([`proxy::paths`]),
 //! takes in its body up to the model it names ([`replay`], [`scan`]), looks the model up in the table, chooses a member
-//! of the model's pool ([`balance`]), claims a place on its backend, and sends it over a connection of that backend
+//! of the model's pool ([`balance`], by what [`latency`], [`load`] and [`affinity`] know), claims a place on its backend,
+//! past its [`breaker`], or waits for one in the model's line ([`waiting`]), and sends it over a connection of that backend
 //! ([`upstream`], [`proxy::attempt`]). What is to be done if that fails is a table ([`proxy::failure`]): before a byte of
-//! the answer has come, it is sent again, on a fresh connection if a reused one had died, else to another backend. The
-//! answer passes through [`proxy::relay`], and claim, connection and account are settled at its end, whichever end that is.
+//! the answer has come, it is sent again, on a fresh connection if a reused one had died, else to another backend, within
+//! a [`budget`]. The answer passes through [`proxy::relay`], and claim, connection and account are settled at its end,
+//! whichever end that is.
 //!
 //! HTTP/1.1 is read and written here and not by a library, because the heads and the framing of two messages are all
 //! that a proxy has to understand, and to understand them where they lie takes less time and a sixth of the memory of
@@ -37,6 +39,13 @@
 //! [`discovery`] reports what it sees and hears of a container. [`registry`], the single writer, feeds that to the
 //! container's [`lifecycle`], a pure state machine, and carries out what comes back: asking for its models ([`probe`]),
 //! letting requests in, keeping new ones out while those in flight go on, cutting them, publishing a new table.
+//!
+//! # What it says of itself
+//!
+//! Whoever counts holds its instrument ([`telemetry::metrics`], [`tally`]) and adds to it; [`report`] tells all of them
+//! once, in the words of one table ([`telemetry::families`]), to `/metrics` ([`telemetry::exposition`]) and to a collector
+//! ([`telemetry::otlp`]). [`proxy::trace`] follows a request where traces are wanted. [`status`] is what the registry knows
+//! of every container and what has happened lately, for programs, the terminal and the page ([`admin`]).
 //!
 //! # What always holds
 //!
@@ -58,16 +67,17 @@
 //! listen                                 discovery::{docker, fixed}
 //! proxy, demo
 //! admin
-//!                                        registry, probe
+//! report                                 registry, probe, scrape
 //! table, status
 //! balance
 //! backend
-//! upstream
-//! replay                                 lifecycle, fetch
+//! upstream, affinity
+//! replay, breaker, budget, load,         lifecycle, fetch
+//! tally, waiting
 //!                                        discovery
 //!                                        discovery::{network, signal, vantage}
 //! telemetry
-//! scan, labels, http1
+//! scan, labels, http1, latency
 //! config, error
 //! ```
 //!
@@ -82,13 +92,20 @@ pub mod error;
 
 pub mod app;
 
+pub mod affinity;
 pub mod balance;
+pub mod breaker;
+pub mod budget;
 pub mod http1;
+pub mod latency;
 pub mod listen;
+pub mod load;
 pub mod proxy;
 pub mod replay;
 pub mod scan;
+pub mod tally;
 pub mod upstream;
+pub mod waiting;
 
 pub mod backend;
 pub mod table;
@@ -98,6 +115,8 @@ pub mod labels;
 pub mod lifecycle;
 pub mod probe;
 pub mod registry;
+pub mod report;
+pub mod scrape;
 
 pub mod admin;
 pub mod demo;

@@ -23,6 +23,8 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
+use crate::discovery::Obstacle;
+
 /// How often in a row a ready backend may refuse to answer its probe before it is not ready any more. A probe that times
 /// out does not count: busy servers do that.
 const MISSES_MAX: u8 = 3;
@@ -40,14 +42,14 @@ pub enum Unfit {
     Paused,
     /// It has ended and waits to be started again.
     Restarting,
-    /// There is no way to it; the text says what to change.
-    Unreachable(String),
+    /// There is no way to it.
+    Unreachable(Obstacle),
     /// It lost the network that was in use.
     Detached,
     /// It was ready, but refuses connections now.
     NotAnswering,
-    /// It must not be routed; the text says why.
-    Excluded(String),
+    /// It must not be routed.
+    Excluded(Obstacle),
 }
 
 impl Unfit {
@@ -65,19 +67,42 @@ impl Unfit {
     }
 }
 
+impl Unfit {
+    /// What to do about it; `container` is its name, for commands that can be typed as they stand.
+    pub fn advice(&self, container: &str) -> String {
+        match self {
+            Unfit::HealthStarting => format!(
+                "wait while it loads; if that takes too long, see what its check says: \
+                 docker inspect -f '{{{{json .State.Health}}}}' {container}"
+            ),
+            Unfit::HealthFailing => format!(
+                "see what its check says: docker inspect -f '{{{{json .State.Health}}}}' {container} \
+                 (a common cause: the check calls curl, and the image has none)"
+            ),
+            Unfit::NoHealthCheck => "add a HEALTHCHECK (healthcheck: in Compose), \
+                 or set PROXY_REQUIRE_HEALTHCHECK=false on the proxy, which then probes it by itself"
+                .to_owned(),
+            Unfit::Paused => format!("bring it back: docker unpause {container}"),
+            Unfit::Restarting => format!("see why it ended: docker logs {container}"),
+            Unfit::Detached => format!("connect it again: docker network connect NETWORK {container}"),
+            Unfit::NotAnswering => format!("see what it is doing: docker logs {container}"),
+            Unfit::Unreachable(obstacle) | Unfit::Excluded(obstacle) => obstacle.advice.clone(),
+        }
+    }
+}
+
 impl fmt::Display for Unfit {
+    /// The reason, without advice.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Unfit::HealthStarting => "its health check has not passed yet",
-            Unfit::HealthFailing => "its health check fails",
-            Unfit::NoHealthCheck => {
-                "it has no HEALTHCHECK and PROXY_REQUIRE_HEALTHCHECK is on; add one, or turn that off"
-            }
-            Unfit::Paused => "it is paused; docker unpause brings it back",
-            Unfit::Restarting => "it has ended and its restart policy will start it again; see its logs",
+            Unfit::HealthStarting => "Docker still calls it starting: its health check has not passed yet",
+            Unfit::HealthFailing => "Docker calls it unhealthy: its health check fails",
+            Unfit::NoHealthCheck => "it has no HEALTHCHECK, and PROXY_REQUIRE_HEALTHCHECK=true demands one",
+            Unfit::Paused => "it is paused",
+            Unfit::Restarting => "its process has ended, and Docker is about to restart it",
             Unfit::Detached => "it was disconnected from the network in use",
-            Unfit::NotAnswering => "it refuses connections though it runs; see its logs",
-            Unfit::Unreachable(text) | Unfit::Excluded(text) => text,
+            Unfit::NotAnswering => "it runs, but refuses connections",
+            Unfit::Unreachable(obstacle) | Unfit::Excluded(obstacle) => &obstacle.what,
         })
     }
 }
@@ -180,6 +205,11 @@ impl Lifecycle {
     /// Where it is.
     pub fn state(&self) -> &State {
         &self.state
+    }
+
+    /// It is starting, and will be ready if all goes well: worth waiting for.
+    pub fn is_coming(&self) -> bool {
+        matches!(self.state, State::Probing | State::Discovered(Unfit::HealthStarting | Unfit::Restarting))
     }
 
     /// When [`Event::Deadline`] is due.
@@ -330,6 +360,10 @@ mod tests {
     use super::{Effect::*, *};
     use proptest::prelude::*;
 
+    fn obstacle(what: &str) -> Obstacle {
+        Obstacle { what: what.to_owned(), advice: "change it".to_owned() }
+    }
+
     const DRAIN: Duration = Duration::from_secs(30);
     const GRACE: Duration = Duration::from_secs(10);
 
@@ -440,7 +474,7 @@ mod tests {
         let ignored = [
             OK,
             UNHEALTHY,
-            Event::Seen(Err(Unfit::Unreachable("x".to_owned()))),
+            Event::Seen(Err(Unfit::Unreachable(obstacle("x")))),
             Event::ProbeOk, // an answer that was on its way
             REFUSED,
             STOP,
@@ -501,7 +535,7 @@ mod tests {
 
     #[test]
     fn losing_the_network_cuts_at_once_in_every_state() {
-        let lost = [Event::Detached, Event::Seen(Err(Unfit::Unreachable("no network".to_owned())))];
+        let lost = [Event::Detached, Event::Seen(Err(Unfit::Unreachable(obstacle("no network"))))];
         for (lost, before) in lost.iter().flat_map(|l| [None, Some(UNHEALTHY), Some(Event::Suspended)].map(|b| (l, b)))
         {
             let mut run = Run::ready();
@@ -567,7 +601,7 @@ mod tests {
             Just(Unfit::HealthFailing),
             Just(Unfit::Paused),
             Just(Unfit::Restarting),
-            Just(Unfit::Unreachable("no way".to_owned())),
+            Just(Unfit::Unreachable(obstacle("no way"))),
         ];
         prop_oneof![3 => Just(Ok(())), 2 => unfit.prop_map(Err)]
     }

@@ -1,6 +1,6 @@
 //! The binary: environment and arguments in, exit code out. Everything else is in the library.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal as _, process::ExitCode};
 
 use inference_proxy::{
     app::App,
@@ -9,6 +9,7 @@ use inference_proxy::{
     config::Config,
     demo,
     discovery::docker::DockerDiscovery,
+    status::text::Look,
     telemetry,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -52,8 +53,10 @@ fn main() -> ExitCode {
                 serve(config).await
             }
             Call::Healthcheck { url } => told(commands::healthcheck(&config, url.as_deref()).await),
-            Call::Status { url, json } => {
-                told(commands::status(&config, url.as_deref(), json).await.map(|text| println!("{}", text.trim_end())))
+            Call::Status { url, form } => {
+                #[allow(clippy::disallowed_methods)] // this is main
+                let look = Look::of(std::io::stdout().is_terminal(), |name| std::env::var(name).ok());
+                told(commands::status(&config, url.as_deref(), form, look).await)
             }
             Call::DemoBackend(options) => demo::serve(options).await,
             Call::AllocateMb(megabytes) => {

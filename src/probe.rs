@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::{
     sync::{Notify, mpsc},
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -82,7 +82,7 @@ pub struct Listing {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProbeError {
     /// There is no complete answer.
-    #[error("{path}: {error}")]
+    #[error("{error} (asked for {path})")]
     NoAnswer {
         /// What was asked.
         path: String,
@@ -90,7 +90,7 @@ pub enum ProbeError {
         error: FetchError,
     },
     /// An answer with a status that says no.
-    #[error("{path} answered {status}{}", advice(*status))]
+    #[error("{path} answered {status}")]
     Status {
         /// What was asked.
         path: String,
@@ -107,19 +107,59 @@ pub enum ProbeError {
     },
 }
 
-fn advice(status: StatusCode) -> &'static str {
-    match status.as_u16() {
-        300..=399 => " (redirects are not followed; set inference.api.base_path to where the API is)",
-        401 | 403 => " (it wants a key; let it list its models without one)",
-        404 => " (set inference.api.base_path, or inference.port, to where the API is)",
-        _ => "",
-    }
-}
-
 impl ProbeError {
+    /// What to do about it, for people; `container` is its name.
+    pub fn advice(&self, container: &str) -> String {
+        match self {
+            ProbeError::NoAnswer { error: FetchError::Refused(_), .. } => format!(
+                "wait if it is still loading; else let it listen on 0.0.0.0 (--host 0.0.0.0) and set inference.port \
+                 to its port; see docker logs {container}"
+            ),
+            ProbeError::NoAnswer { error: FetchError::Unreachable(..) | FetchError::NoConnection(..), .. } => {
+                "use a network that it shares with the proxy, without a firewall in between".to_owned()
+            }
+            ProbeError::NoAnswer { error: FetchError::TimedOut(_), .. } => {
+                format!("wait if it is still loading; else see docker logs {container}")
+            }
+            ProbeError::NoAnswer { error: FetchError::Broke(_) | FetchError::TooLarge(_), .. } => {
+                "set inference.port to where its HTTP API is".to_owned()
+            }
+            ProbeError::Status { status, .. } => match status.as_u16() {
+                300..=399 => "set inference.api.base_path to where the API is; redirects are not followed".to_owned(),
+                401 | 403 => {
+                    "start it without an API key, and check keys in front of the proxy, which holds none".to_owned()
+                }
+                404 => "set inference.api.base_path, or inference.port, to where the API is".to_owned(),
+                _ => format!("wait if it is still loading; else see docker logs {container}"),
+            },
+            ProbeError::Unusable { .. } => {
+                "set inference.port and inference.api.base_path to where an OpenAI-compatible API lists its models"
+                    .to_owned()
+            }
+        }
+    }
+
     /// Whether there is no connection, so that another address may be the right one.
     fn is_elsewhere(&self) -> bool {
         self.refused() || matches!(self, ProbeError::NoAnswer { error: FetchError::NoConnection(..), .. })
+    }
+
+    /// Whether a server that only needs time looks like this.
+    pub fn may_be_loading(&self) -> bool {
+        match self {
+            ProbeError::NoAnswer { error, .. } => matches!(error, FetchError::Refused(_) | FetchError::TimedOut(_)),
+            ProbeError::Status { status, .. } => status.is_server_error(),
+            ProbeError::Unusable { .. } => false,
+        }
+    }
+
+    /// As a label's value: one of [`crate::telemetry::metrics::PROBE_FAILURES`].
+    pub fn reason(&self) -> &'static str {
+        match self {
+            ProbeError::NoAnswer { .. } => "no_answer",
+            ProbeError::Status { .. } => "status",
+            ProbeError::Unusable { .. } => "unusable",
+        }
     }
 
     /// Whether it is certain that nobody serves there.
@@ -139,6 +179,8 @@ pub struct Answer {
     pub serial: u64,
     /// What came.
     pub outcome: Result<Listing, ProbeError>,
+    /// How long that took.
+    pub took: Duration,
 }
 
 /// A running probe; dropping it ends the task.
@@ -176,7 +218,9 @@ pub async fn run(
     let asking = async {
         let mut retry = RETRY_MIN;
         loop {
+            let began = Instant::now();
             let outcome = ask(&target).await;
+            let took = began.elapsed();
             let wait = if outcome.is_ok() {
                 retry = RETRY_MIN;
                 target.refresh
@@ -186,7 +230,7 @@ pub async fn run(
                 wait
             };
             let (id, incarnation) = (target.id.clone(), target.incarnation);
-            if answers.send(Answer { id, incarnation, serial, outcome }).await.is_err() {
+            if answers.send(Answer { id, incarnation, serial, outcome, took }).await.is_err() {
                 return;
             }
             tokio::select! {

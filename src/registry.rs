@@ -12,8 +12,8 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt as _, StreamExt as _, stream::BoxStream};
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use futures::{FutureExt as _, StreamExt as _};
+use time::OffsetDateTime;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -22,13 +22,19 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     backend::{Backend, BackendSpec, Member, Model},
+    breaker,
     config::{Config, SameModel},
-    discovery::{Change, DiscoveryError, Endpoint, EndpointId, Health, Phase},
+    discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Health, Phase},
+    labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
     probe::{self, Answer, HealthPath, Listing, ProbeHandle, Target},
-    status::{Ask, ContainerStatus, DiscoveryStatus, Status},
+    status::{
+        self, Ask, ContainerStatus, DiscoveryStatus, LastError, ModelStatus, Status,
+        events::{Events, Kind, rfc3339},
+    },
     table::{ModelObject, Route, RoutingTable, TablePublisher},
-    telemetry::metrics::{Metrics, TableAction},
+    tally::Tally,
+    telemetry::metrics::{Metrics, STATES, TableAction},
 };
 
 /// How long the connections of an ended container get to deliver what they still hold.
@@ -40,6 +46,10 @@ const EARLY_REFRESH: Duration = Duration::from_secs(1);
 /// How long discovery must see before its last trouble counts as over. Longer than sources wait between attempts, so that
 /// trouble that comes and goes is told once.
 const SIGHT_SETTLES: Duration = Duration::from_secs(10);
+/// Least time between two looks at a container because requests could not connect to it.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Containers to be looked at, on their way.
+const LOOKS_MAX: usize = 64;
 /// Probe answers on their way.
 const ANSWERS_MAX: usize = 256;
 
@@ -54,6 +64,8 @@ pub struct Registry {
     ready: Arc<AtomicBool>,
     tasks: TaskTracker,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+    /// Containers that discovery is to look at, while it runs.
+    looks: Option<mpsc::Sender<EndpointId>>,
     entries: BTreeMap<EndpointId, Entry>,
     models: HashMap<Box<str>, KnownModel>,
     /// Probes and readiness, numbered in the order in which they began.
@@ -62,6 +74,9 @@ pub struct Registry {
     first_round: FirstRound,
     early_refresh: EarlyRefresh,
     discovery: Sight,
+    started: OffsetDateTime,
+    /// What has happened of late, for people.
+    events: Events,
 }
 
 /// One container.
@@ -73,7 +88,10 @@ struct Entry {
     probe: Option<ProbeHandle>,
     /// When the running probe last answered.
     answered_at: Option<Instant>,
-    last_probe_error: Option<String>,
+    /// When requests last could not connect to it, and it was looked at for that.
+    suspected_at: Option<Instant>,
+    /// What the last probe failed with, and what to do about it; `None` once one has succeeded.
+    probe_error: Option<ProbeTrouble>,
     backend: Option<Arc<Backend>>,
     /// What it serves, with its place in each pool. Kept while it is not ready, so that its models stay known.
     pools: Vec<(Arc<ModelObject>, Option<Arc<Member>>)>,
@@ -81,11 +99,21 @@ struct Entry {
     ready_serial: u64,
 }
 
+/// Why a probe failed.
+#[derive(Debug)]
+struct ProbeTrouble {
+    at: OffsetDateTime,
+    reason: String,
+    advice: String,
+}
+
 /// A model id, as long as somebody announces it or its grace lasts.
 #[derive(Debug)]
 struct KnownModel {
     model: Arc<Model>,
     gone_at: Option<Instant>,
+    /// Roles of those that announce it, or did last.
+    roles: Vec<Arc<str>>,
     /// Between which containers a difference has been reported.
     warned: Vec<EndpointId>,
 }
@@ -109,6 +137,8 @@ struct EarlyRefresh {
 #[derive(Debug, Default)]
 struct Sight {
     connected: bool,
+    /// Since when it does, or does not.
+    since: Option<OffsetDateTime>,
     /// The last trouble, until it is over.
     error: Option<DiscoveryError>,
     /// When it is over, if nothing else comes.
@@ -137,6 +167,7 @@ impl Registry {
             ready,
             tasks,
             answers: mpsc::channel(ANSWERS_MAX),
+            looks: None,
             entries: BTreeMap::new(),
             models: HashMap::new(),
             serial: 0,
@@ -144,15 +175,16 @@ impl Registry {
             first_round: FirstRound::Unseen,
             early_refresh: EarlyRefresh::default(),
             discovery: Sight::default(),
+            started: OffsetDateTime::now_utc(),
+            events: Events::default(),
         }
     }
 
-    /// Follows `changes` and answers `asks`, until the latter's senders are gone.
-    pub async fn run(
-        mut self,
-        mut changes: BoxStream<'static, Result<Change, DiscoveryError>>,
-        mut asks: mpsc::Receiver<Ask>,
-    ) {
+    /// Follows what `discovery` reports and answers `asks`, until the latter's senders are gone.
+    pub async fn run(mut self, discovery: Box<dyn Discovery>, mut asks: mpsc::Receiver<Ask>) {
+        let (looks, wanted) = mpsc::channel(LOOKS_MAX);
+        self.looks = Some(looks);
+        let mut changes = discovery.changes(wanted);
         loop {
             let deadline = self.next_deadline();
             let sleep = async {
@@ -168,6 +200,7 @@ impl Registry {
                 Some(answer) = self.answers.1.recv() => self.on_answer(answer),
                 () = sleep => self.on_deadlines(),
                 () = self.publisher.missed() => self.on_miss(),
+                () = self.publisher.suspected() => self.on_suspects(),
                 ask = asks.recv() => match ask {
                     Some(Ask::Status(reply)) => {
                         // Whoever asked may have left.
@@ -187,6 +220,7 @@ impl Registry {
                 self.publish();
             }
             self.check_first_round();
+            self.count_states();
         }
     }
 
@@ -206,7 +240,8 @@ impl Registry {
             Ok(Change::Detached(id)) => self.on_event(&id, Event::Detached),
             Ok(Change::OutOfMemory(id)) => {
                 if let Some(entry) = self.entries.get(&id) {
-                    tracing::warn!(container = %entry.endpoint.name, "something in the container ran out of memory");
+                    let text = "ran out of memory in one of its processes; it may or may not still work".to_owned();
+                    tell(&mut self.events, Loud::Warning, Kind::OutOfMemory, &entry.endpoint.name, text, None);
                 }
                 self.on_event(&id, Event::OutOfMemory);
             }
@@ -214,8 +249,13 @@ impl Registry {
             Err(error) => {
                 if self.discovery.error.as_ref() != Some(&error) {
                     tracing::warn!(source = self.source, %error, "discovery cannot see; what is known stays routed");
+                    let text = format!("{} cannot be seen, what is known stays routed: {error}", self.source);
+                    self.events.push(OffsetDateTime::now_utc(), Kind::DiscoveryLost, None, true, text);
                 }
-                self.discovery.connected = false;
+                if let Some(tracing) = self.metrics.tracing.as_ref().filter(|_| self.discovery.connected) {
+                    tracing.happened("discovery.lost", || vec![("reason", error.to_string())]);
+                }
+                self.see(false);
                 self.discovery.settles_at = None;
                 self.discovery.error = Some(error);
             }
@@ -223,11 +263,14 @@ impl Registry {
     }
 
     fn on_reset(&mut self, endpoints: Vec<Endpoint>) {
-        self.discovery.connected = true;
+        self.see(true);
         if self.discovery.error.is_some() {
             self.discovery.settles_at.get_or_insert(Instant::now() + SIGHT_SETTLES);
         }
-        self.discovery.last_sync = Some(OffsetDateTime::now_utc());
+        let now = OffsetDateTime::now_utc();
+        self.discovery.last_sync = Some(now);
+        let ms = u64::try_from(now.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+        self.metrics.discovery.last_sync_ms.store(ms, Ordering::Relaxed);
         let listed: HashSet<EndpointId> = endpoints.iter().map(|endpoint| endpoint.id.clone()).collect();
         let gone: Vec<EndpointId> = self.entries.keys().filter(|id| !listed.contains(*id)).cloned().collect();
         for id in gone {
@@ -241,7 +284,10 @@ impl Registry {
             let unanswered = |entry: &Entry| entry.probe.is_some() && entry.answered_at.is_none();
             let waiting: HashSet<EndpointId> =
                 self.entries.iter().filter(|(_, entry)| unanswered(entry)).map(|(id, _)| id.clone()).collect();
-            tracing::info!(source = self.source, containers = self.entries.len(), "first scan done");
+            let count = self.entries.len();
+            tracing::info!(source = self.source, containers = count, "first scan done");
+            let text = format!("first look at {}: {count} containers carry the label inference.enable", self.source);
+            self.events.push(OffsetDateTime::now_utc(), Kind::DiscoverySees, None, false, text);
             self.first_round = FirstRound::Probing { waiting, until: Instant::now() + FIRST_PROBES };
         }
     }
@@ -261,7 +307,7 @@ impl Registry {
             return self.on_found(endpoint, fitness);
         };
         if entry.endpoint.problems != endpoint.problems {
-            report_problems(&endpoint);
+            report_problems(&mut self.events, &endpoint);
         }
         let moved = match (&entry.endpoint.reach, &endpoint.reach) {
             (Ok(before), Ok(after)) if before.targets != after.targets => {
@@ -279,7 +325,7 @@ impl Registry {
     }
 
     fn on_found(&mut self, endpoint: Endpoint, fitness: Result<(), Unfit>) {
-        report_problems(&endpoint);
+        report_problems(&mut self.events, &endpoint);
         let id = endpoint.id.clone();
         let (life, effects) = Lifecycle::found(fitness, self.config.drain_timeout);
         let entry = Entry {
@@ -288,12 +334,16 @@ impl Registry {
             since: OffsetDateTime::now_utc(),
             probe: None,
             answered_at: None,
-            last_probe_error: None,
+            suspected_at: None,
+            probe_error: None,
             backend: None,
             pools: Vec::new(),
             ready_serial: 0,
         };
-        report_state(&entry);
+        report_state(&mut self.events, &entry);
+        self.metrics.transitions.increment(state_name(entry.life.state()));
+        trace_state(&self.metrics, &entry);
+        self.dirty |= entry.life.is_coming();
         self.entries.insert(id.clone(), entry);
         self.apply(&id, effects);
     }
@@ -303,9 +353,14 @@ impl Registry {
         let before = entry.life.state().clone();
         let effects = entry.life.on(event, Instant::now());
         if *entry.life.state() != before {
+            if state_name(entry.life.state()) != state_name(&before) {
+                self.metrics.transitions.increment(state_name(entry.life.state()));
+            }
             self.dirty = true;
             entry.since = OffsetDateTime::now_utc();
-            report_state(entry);
+            collect_turns(&mut self.events, entry);
+            report_state(&mut self.events, entry);
+            trace_state(&self.metrics, entry);
             if before == State::Ready {
                 self.metrics.table_updated(TableAction::Remove);
             }
@@ -329,22 +384,29 @@ impl Registry {
             waiting.remove(&answer.id);
         }
         entry.answered_at = Some(Instant::now());
+        self.metrics.probes.observe(answer.took);
+        if let Err(error) = &answer.outcome {
+            self.metrics.probe_failures.increment(error.reason());
+        }
         match answer.outcome {
             Ok(listing) => {
-                entry.last_probe_error = None;
+                entry.probe_error = None;
                 self.take_listing(&answer.id, listing);
                 self.on_event(&answer.id, Event::ProbeOk);
             }
             Err(error) => {
-                let text = error.to_string();
-                if entry.last_probe_error.as_ref() != Some(&text) {
-                    let container = &entry.endpoint.name;
-                    match entry.life.state() {
-                        State::Ready => tracing::warn!(%container, %error, "a ready backend did not tell its models"),
-                        _ => tracing::info!(%container, %error, "not ready yet, asking again until it is"),
-                    }
+                let name = &entry.endpoint.name;
+                let (reason, advice) = (error.to_string(), error.advice(name));
+                if entry.probe_error.as_ref().is_none_or(|known| known.reason != reason) {
+                    let (loud, text) = match entry.life.state() {
+                        State::Ready => (Loud::Warning, format!("is live, but does not tell its models: {reason}")),
+                        _ => (Loud::Info, format!("is not live yet, it is asked until it answers: {reason}")),
+                    };
+                    // Most that do not answer are still loading, and need no advice.
+                    let advice = (!error.may_be_loading()).then_some(&*advice);
+                    tell(&mut self.events, loud, Kind::ProbeFailed, name, text, advice);
                 }
-                entry.last_probe_error = Some(text);
+                entry.probe_error = Some(ProbeTrouble { at: OffsetDateTime::now_utc(), reason, advice });
                 self.on_event(&answer.id, Event::ProbeFailed { refused: error.refused() });
             }
         }
@@ -362,6 +424,8 @@ impl Registry {
             self.discovery.settles_at = None;
             self.discovery.error = None;
             tracing::info!(source = self.source, "discovery sees again");
+            let text = format!("{} is seen again", self.source);
+            self.events.push(OffsetDateTime::now_utc(), Kind::DiscoverySees, None, false, text);
         }
         if self.early_refresh.due.is_some_and(|at| at <= now) {
             self.refresh_all(now);
@@ -376,6 +440,26 @@ impl Registry {
         match self.early_refresh.last {
             Some(last) if last + EARLY_REFRESH > now => self.early_refresh.due = Some(last + EARLY_REFRESH),
             _ => self.refresh_all(now),
+        }
+    }
+
+    /// Backends could not be connected to: their containers are looked at and probed out of turn.
+    fn on_suspects(&mut self) {
+        let now = Instant::now();
+        for (id, entry) in &mut self.entries {
+            let Some(backend) = &entry.backend else { continue };
+            // As long as nobody can connect, everybody says so.
+            if !backend.take_suspicion() || entry.suspected_at.is_some_and(|at| at + LOOK_AGAIN > now) {
+                continue;
+            }
+            entry.suspected_at = Some(now);
+            if let Some(probe) = &entry.probe {
+                probe.nudge();
+            }
+            if let Some(looks) = &self.looks {
+                // If the queue is full, others are looked at first, and this one will be refused again.
+                let _ = looks.try_send(id.clone());
+            }
         }
     }
 
@@ -418,6 +502,9 @@ impl Registry {
                 Effect::Close => {
                     if let Some(backend) = &entry.backend {
                         backend.close();
+                        if matches!(entry.life.state(), State::Draining { .. }) {
+                            self.tasks.spawn(time_drain(backend.clone(), self.metrics.clone()));
+                        }
                     }
                     self.dirty = true;
                 }
@@ -472,12 +559,13 @@ impl Registry {
             let spec = BackendSpec {
                 id: id.clone(),
                 name: entry.endpoint.name.clone(),
+                image: entry.endpoint.image.clone(),
                 addr: listing.addr,
                 base_path: labels.base_path.clone(),
                 weight: labels.weight,
                 max_inflight: labels.max_inflight,
             };
-            Backend::new(spec, self.config.connect_timeout, self.workers)
+            Backend::new(spec, self.config.connect_timeout, self.workers, Instant::now())
         });
         let unchanged = entry.pools.len() == listing.models.len()
             && entry
@@ -494,6 +582,7 @@ impl Registry {
                 let known = self.models.entry(object.id.clone()).or_insert_with(|| KnownModel {
                     model: Model::new(&object.id),
                     gone_at: None,
+                    roles: Vec::new(),
                     warned: Vec::new(),
                 });
                 Member::new(backend.clone(), known.model.clone())
@@ -502,8 +591,8 @@ impl Registry {
         });
         entry.pools = pools.collect();
         if *entry.life.state() == State::Ready {
-            let models: Vec<&str> = entry.pools.iter().map(|(object, _)| &*object.id).collect();
-            tracing::info!(container = %entry.endpoint.name, ?models, "models changed");
+            let text = format!("has other models now: {}", entry.models().join(", "));
+            tell(&mut self.events, Loud::Info, Kind::Models, &entry.endpoint.name, text, None);
             self.metrics.table_updated(TableAction::Update);
             self.dirty = true;
         }
@@ -520,23 +609,44 @@ impl Registry {
                 let pool = pools.entry(&object.id).or_default();
                 match member {
                     Some(member) if ready => pool.ready.push((entry, object, member)),
-                    _ => pool.why_not_ready = Some(why_not_ready(entry.life.state())),
+                    _ => {
+                        pool.why_not_ready = Some(why_not_ready(entry.life.state()));
+                        pool.is_coming |= entry.life.is_coming();
+                    }
                 }
+                pool.roles.push(&entry.endpoint.role);
             }
         }
+        // What a container that starts will serve is told by itself only when it does: perhaps what another one of its role
+        // has left.
+        let starting: HashSet<&str> = self
+            .entries
+            .values()
+            .filter(|entry| entry.pools.is_empty() && entry.life.is_coming())
+            .map(|entry| &*entry.endpoint.role)
+            .collect();
         let grace = self.config.model_grace;
+        let mut forgotten = Vec::new();
         self.models.retain(|id, known| {
             if pools.contains_key(&**id) {
                 known.gone_at = None;
                 return true;
             }
-            *known.gone_at.get_or_insert(now) + grace > now
+            let stays = *known.gone_at.get_or_insert(now) + grace > now;
+            if !stays {
+                forgotten.push(known.model.clone());
+            }
+            stays
         });
         let mut routes = Vec::with_capacity(self.models.len());
         for (id, known) in &mut self.models {
             let mut pool = pools.remove(&**id).unwrap_or_default();
+            if !pool.roles.is_empty() && !known.roles.iter().eq(pool.roles.iter().copied()) {
+                known.roles = pool.roles.iter().copied().cloned().collect();
+            }
+            let is_replaced = known.roles.iter().any(|role| starting.contains(&**role));
             pool.ready.sort_by_key(|(entry, ..)| entry.ready_serial);
-            known.warn_of_differences(&pool);
+            known.warn_of_differences(&pool, &mut self.events);
             if self.config.same_model == SameModel::Newest && pool.ready.len() > 1 {
                 pool.ready.drain(..pool.ready.len() - 1);
             }
@@ -545,12 +655,18 @@ impl Registry {
                 object: pool.ready.first().map(|(_, object, _)| (*object).clone()),
                 members: pool.ready.iter().map(|(_, _, member)| (*member).clone()).collect(),
                 why_not_ready: pool.why_not_ready.unwrap_or("its container has gone"),
+                is_coming: pool.is_coming || is_replaced,
             });
         }
         let backends = self.entries.values().filter_map(|entry| entry.backend.clone()).collect();
         let serving = self.entries.values().filter(|entry| entry.backend.is_some());
         let members = serving.flat_map(|entry| entry.pools.iter().filter_map(|(_, member)| member.clone())).collect();
         self.publisher.publish(RoutingTable::new(routes, backends, members));
+        // Only now: whoever has begun to wait meanwhile may have seen the old table.
+        let known = self.models.values().map(|known| &known.model);
+        for model in known.chain(&forgotten) {
+            model.waiting.call();
+        }
     }
 
     fn check_first_round(&mut self) {
@@ -577,6 +693,18 @@ impl Registry {
         lives.chain(graces).chain(self.early_refresh.due).chain(first_round).chain(settles).min()
     }
 
+    fn see(&mut self, connected: bool) {
+        self.discovery.turn(connected);
+        self.metrics.discovery.connected.store(connected, Ordering::Relaxed);
+    }
+
+    fn count_states(&self) {
+        for state in STATES {
+            let count = self.entries.values().filter(|entry| state_name(entry.life.state()) == *state).count();
+            self.metrics.backends.set(state, count as u64);
+        }
+    }
+
     fn fitness(&self, endpoint: &Endpoint) -> Result<(), Unfit> {
         if let Some(why) = &endpoint.excluded {
             return Err(Unfit::Excluded(why.clone()));
@@ -598,21 +726,55 @@ impl Registry {
         }
     }
 
-    fn status(&self) -> Status {
-        let mut containers: Vec<ContainerStatus> = self.entries.values().map(Entry::status).collect();
+    fn status(&mut self) -> Status {
+        let (now, at) = (Instant::now(), OffsetDateTime::now_utc());
+        for entry in self.entries.values() {
+            collect_turns(&mut self.events, entry);
+        }
+        let mut containers: Vec<ContainerStatus> = self.entries.values().map(|entry| entry.status(now, at)).collect();
         containers.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
         Status {
-            version: 1,
+            version: status::VERSION,
             proxy_version: env!("CARGO_PKG_VERSION").to_owned(),
+            at: rfc3339(at),
+            started: rfc3339(self.started),
             ready: self.ready.load(Ordering::Acquire),
+            stopping: false,
             discovery: DiscoveryStatus {
                 source: self.source.to_owned(),
                 connected: self.discovery.connected,
+                since: self.discovery.since.map(rfc3339),
                 last_sync: self.discovery.last_sync.map(rfc3339),
-                error: self.discovery.error.as_ref().map(ToString::to_string),
+                error: self.discovery.error.as_ref().map(|error| error.what.clone()),
+                advice: self.discovery.error.as_ref().map(|error| error.advice.clone()),
             },
+            models: self.model_statuses(),
             containers,
+            events: self.events.latest(),
         }
+    }
+
+    fn model_statuses(&self) -> Vec<ModelStatus> {
+        let table = self.publisher.current();
+        let mut in_flight: HashMap<&str, u64> = HashMap::new();
+        for member in table.members() {
+            *in_flight.entry(&member.model.id).or_default() += member.in_flight() as u64;
+        }
+        let of_route = |route: &&Route| {
+            let ready = !route.members.is_empty();
+            let mut replicas: Vec<String> =
+                route.members.iter().map(|member| member.backend.spec.name.clone()).collect();
+            replicas.sort();
+            ModelStatus {
+                id: route.model.id.to_string(),
+                ready,
+                reason: (!ready).then(|| route.why_not_ready.to_owned()),
+                replicas,
+                in_flight: in_flight.get(&*route.model.id).copied().unwrap_or(0),
+                waiting: route.model.waiting.len() as u64,
+            }
+        };
+        table.routes().iter().map(of_route).collect()
     }
 }
 
@@ -621,13 +783,15 @@ impl Registry {
 struct Pool<'e> {
     ready: Vec<(&'e Entry, &'e Arc<ModelObject>, &'e Arc<Member>)>,
     why_not_ready: Option<&'static str>,
+    is_coming: bool,
+    roles: Vec<&'e Arc<str>>,
 }
 
 // === impl KnownModel ===
 
 impl KnownModel {
     /// Replicas should be replicas. Says so once per group when they are not.
-    fn warn_of_differences(&mut self, pool: &Pool<'_>) {
+    fn warn_of_differences(&mut self, pool: &Pool<'_>, events: &mut Events) {
         let Some(((first, object, _), others)) = pool.ready.split_first() else {
             return;
         };
@@ -647,6 +811,15 @@ impl KnownModel {
                     model = %self.model.id, one = %first.endpoint.name, other = %other.endpoint.name, differ_in = ?what,
                     "containers announce the same model but differ; they share its traffic unless PROXY_SAME_MODEL=newest"
                 );
+                let text = format!(
+                    "announces {} as {} does, but they differ in {}; they share its traffic unless \
+                     PROXY_SAME_MODEL=newest",
+                    self.model.id,
+                    first.endpoint.name,
+                    what.join(", ")
+                );
+                let name = Some(other.endpoint.name.as_str());
+                events.push(OffsetDateTime::now_utc(), Kind::Differs, name, true, text);
                 self.warned.clone_from(&ids);
             }
         }
@@ -667,34 +840,100 @@ impl Entry {
         }
     }
 
-    fn status(&self) -> ContainerStatus {
-        let (state, reason) = match self.life.state() {
-            State::Discovered(why) => ("discovered", Some(why.to_string())),
-            State::Probing => {
-                let error = self.last_probe_error.clone();
-                ("probing", Some(error.unwrap_or_else(|| "it is being asked for its models".to_owned())))
+    fn models(&self) -> Vec<&str> {
+        self.pools.iter().map(|(object, _)| &*object.id).collect()
+    }
+
+    /// Why it gets no requests, and what to do about that.
+    fn explained(&self) -> (Option<String>, Option<String>) {
+        let name = &self.endpoint.name;
+        let told = |why: &Unfit| (Some(why.to_string()), Some(why.advice(name)));
+        match self.life.state() {
+            State::Discovered(why) | State::Unhealthy { why, .. } => told(why),
+            State::Probing => match &self.probe_error {
+                Some(error) => (Some(error.reason.clone()), Some(error.advice.clone())),
+                None => (Some("it is being asked for its models".to_owned()), None),
+            },
+            State::Ready if self.backend.as_ref().is_some_and(|b| b.breaker.state() != breaker::State::Closed) => {
+                let reason = "requests to it kept failing, so it rests (its circuit breaker is open)".to_owned();
+                (Some(reason), Some(format!("see what it is doing: docker logs {name}")))
             }
-            State::Ready => ("ready", None),
-            State::Unhealthy { why, .. } => ("unhealthy", Some(why.to_string())),
-            State::Draining { .. } => ("draining", Some("it has been told to stop".to_owned())),
-            State::Gone => ("gone", None),
-        };
+            State::Ready | State::Gone => (None, None),
+            State::Draining { .. } => (Some("it was told to stop; what is in flight may finish".to_owned()), None),
+        }
+    }
+
+    fn status(&self, now: Instant, at: OffsetDateTime) -> ContainerStatus {
+        let (reason, advice) = self.explained();
         let reach = self.endpoint.reach.as_ref().ok();
-        let address =
-            self.backend.as_ref().map(|b| b.spec.addr).or_else(|| reach.and_then(|r| r.targets.first().copied()));
+        let backend = self.backend.as_deref();
+        let tally = backend.map(|backend| &backend.tally);
+        let address = backend.map(|b| b.spec.addr).or_else(|| reach.and_then(|r| r.targets.first().copied()));
+        let probe_error = self.probe_error.as_ref().map(|error| (error.at, error.reason.clone()));
+        let trouble = tally.and_then(|tally| tally.last_trouble(now)).map(|(what, ago)| (at - ago, what.to_string()));
+        let last_error = probe_error.into_iter().chain(trouble).max_by_key(|(at, _)| *at);
+        let waiting = self.pools.iter().filter_map(|(_, member)| member.as_ref()).map(|m| m.model.waiting.len() as u64);
         ContainerStatus {
             id: self.endpoint.id.to_string(),
             name: self.endpoint.name.clone(),
             image: self.endpoint.image.clone(),
-            state: state.to_owned(),
+            state: state_name(self.life.state()).to_owned(),
             since: rfc3339(self.since),
             reason,
-            models: self.pools.iter().map(|(object, _)| object.id.to_string()).collect(),
+            advice,
+            models: self.models().into_iter().map(str::to_owned).collect(),
             address: address.map(|addr| addr.to_string()),
             network: reach.and_then(|r| r.network.as_ref()).map(|network| network.name.clone()),
-            in_flight: self.backend.as_ref().map_or(0, |backend| backend.in_flight()),
+            in_flight: backend.map_or(0, Backend::in_flight),
+            max_inflight: self.endpoint.labels.max_inflight.map(std::num::NonZeroU32::get),
+            weight: f64::from(self.endpoint.labels.weight.get()) / f64::from(labels::WEIGHT_ONE.get()),
+            waiting: waiting.sum(),
+            ttft_ms: tally.and_then(|tally| tally.mean_first_token(now)).map(|mean| mean.as_millis() as u64),
+            latency_ms: backend.and_then(|b| b.latency.read(now)).map(|reading| tenths(reading.seconds * 1000.0)),
+            tokens_per_second: tally.map_or(0.0, |tally| tenths(tally.tokens_per_second(now))),
+            breaker: backend.map(|backend| backend.breaker.state().as_str().to_owned()),
+            served: tally.map_or(0, Tally::served),
+            failed: tally.map_or(0, Tally::failed),
+            turned_away: tally.map_or(0, Tally::turned_away),
+            last_error: last_error.map(|(at, text)| LastError { at: rfc3339(at), text }),
             problems: self.endpoint.problems.clone(),
         }
+    }
+}
+
+/// More digits say nothing to people, and would make every status a new one.
+fn tenths(number: f64) -> f64 {
+    (number * 10.0).round() / 10.0
+}
+
+// === impl Sight ===
+
+impl Sight {
+    /// It sees now, or does not.
+    fn turn(&mut self, connected: bool) {
+        if self.since.is_none() || self.connected != connected {
+            self.since = Some(OffsetDateTime::now_utc());
+        }
+        self.connected = connected;
+    }
+}
+
+/// Times a drain to the end of its last request. That comes: what is in flight when the drain is over is cut.
+async fn time_drain(backend: Arc<Backend>, metrics: Arc<Metrics>) {
+    let began = Instant::now();
+    backend.drained().await;
+    metrics.drains.observe(began.elapsed());
+}
+
+/// One of [`STATES`].
+fn state_name(state: &State) -> &'static str {
+    match state {
+        State::Discovered(_) => "discovered",
+        State::Probing => "probing",
+        State::Ready => "ready",
+        State::Unhealthy { .. } => "unhealthy",
+        State::Draining { .. } => "draining",
+        State::Gone => "gone",
     }
 }
 
@@ -707,40 +946,101 @@ fn why_not_ready(state: &State) -> &'static str {
     }
 }
 
-fn rfc3339(time: OffsetDateTime) -> String {
-    // Whole milliseconds: nobody reads more.
-    let time = time.replace_millisecond(time.millisecond()).unwrap_or(time);
-    time.format(&Rfc3339).unwrap_or_default()
+// === words for people ===
+
+/// How much attention a line of the log asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loud {
+    Debug,
+    Info,
+    Warning,
 }
 
-fn report_problems(endpoint: &Endpoint) {
+/// Says what has happened to a container: one line of the log, one event of the status, in the same words. `text` goes
+/// on after the container's name; `advice` is for the log, as the status has it beside the container.
+fn tell(events: &mut Events, loud: Loud, kind: Kind, container: &str, text: String, advice: Option<&str>) {
+    let (then, advice) = advice.map_or(("", ""), |advice| ("; ", advice));
+    match loud {
+        Loud::Debug => tracing::debug!(%container, "{container} {text}{then}{advice}"),
+        Loud::Info => tracing::info!(%container, "{container} {text}{then}{advice}"),
+        Loud::Warning => tracing::warn!(%container, "{container} {text}{then}{advice}"),
+    }
+    events.push(OffsetDateTime::now_utc(), kind, Some(container), loud == Loud::Warning, text);
+}
+
+fn report_problems(events: &mut Events, endpoint: &Endpoint) {
     for problem in &endpoint.problems {
-        tracing::warn!(container = %endpoint.name, "{problem}");
+        tell(events, Loud::Warning, Kind::Label, &endpoint.name, format!("has a label that is wrong: {problem}"), None);
     }
 }
 
 /// One line per change, for people.
-fn report_state(entry: &Entry) {
-    let container = &entry.endpoint.name;
+fn report_state(events: &mut Events, entry: &Entry) {
+    let name = &entry.endpoint.name;
     let in_flight = entry.backend.as_ref().map_or(0, |backend| backend.in_flight());
-    match entry.life.state() {
+    let flying = match in_flight {
+        0 => String::new(),
+        1 => " (1 in flight may finish)".to_owned(),
+        n => format!(" ({n} in flight may finish)"),
+    };
+    let mut advice = None;
+    let (loud, kind, text) = match entry.life.state() {
         State::Discovered(why @ (Unfit::HealthStarting | Unfit::Restarting | Unfit::Paused)) => {
-            tracing::info!(%container, reason = %why, "not routed");
+            (Loud::Info, Kind::NotRouted, format!("is not routed yet: {why}"))
         }
-        State::Discovered(Unfit::Excluded(why)) => tracing::warn!(%container, reason = %why, "not routed"),
-        State::Discovered(why) => tracing::warn!(%container, reason = %why, "not routed"),
-        State::Probing => tracing::debug!(%container, "asking for its models"),
+        State::Discovered(why) => {
+            advice = Some(why.advice(name));
+            (Loud::Warning, Kind::NotRouted, format!("is not routed: {why}"))
+        }
+        State::Probing => (Loud::Debug, Kind::Probing, "is being asked for its models".to_owned()),
         State::Ready => {
-            let models: Vec<&str> = entry.pools.iter().map(|(object, _)| &*object.id).collect();
-            let address = entry.backend.as_ref().map(|backend| backend.spec.addr.to_string());
-            tracing::info!(%container, ?models, address, "ready");
+            let at = entry.backend.as_ref().map(|backend| format!(" at {}", backend.spec.addr)).unwrap_or_default();
+            (Loud::Info, Kind::Ready, format!("is live{at} with {}", entry.models().join(", ")))
         }
         State::Unhealthy { why, .. } => {
-            tracing::warn!(%container, reason = %why, in_flight, "no new requests; those in flight go on for a while");
+            advice = Some(why.advice(name));
+            (Loud::Warning, Kind::Unhealthy, format!("gets no new requests{flying}: {why}"))
         }
-        State::Draining { .. } => tracing::info!(%container, in_flight, "told to stop; draining"),
-        State::Gone => tracing::info!(%container, in_flight, "gone"),
+        State::Draining { .. } => {
+            (Loud::Info, Kind::Draining, format!("was told to stop: it gets no new requests{flying}"))
+        }
+        State::Gone if in_flight > 0 => {
+            (Loud::Warning, Kind::Gone, format!("has ended with requests in flight ({in_flight})"))
+        }
+        State::Gone => (Loud::Info, Kind::Gone, "has ended".to_owned()),
+    };
+    tell(events, loud, kind, name, text, advice.as_deref());
+}
+
+/// What requests have noticed of a backend's breaker since somebody asked last; the log has it already.
+fn collect_turns(events: &mut Events, entry: &Entry) {
+    let Some(backend) = &entry.backend else { return };
+    let (now, at) = (Instant::now(), OffsetDateTime::now_utc());
+    for turn in backend.tally.take_turns() {
+        let (kind, text) = match turn.opened {
+            true => (Kind::BreakerOpen, "keeps failing: it gets no requests for now (its circuit breaker is open)"),
+            false => (Kind::BreakerClosed, "answers again: it gets requests (its circuit breaker is closed)"),
+        };
+        let then = at - now.saturating_duration_since(turn.at);
+        events.push(then, kind, Some(&entry.endpoint.name), turn.opened, text.to_owned());
     }
+}
+
+/// The same for traces, where there are any.
+fn trace_state(metrics: &Metrics, entry: &Entry) {
+    let Some(tracing) = &metrics.tracing else { return };
+    let (endpoint, state) = (&entry.endpoint, state_name(entry.life.state()));
+    tracing.happened(format!("backend.{state}"), || {
+        let reason = entry.explained().0.map(|reason| ("reason", reason));
+        let facts = [
+            ("container.id", endpoint.id.to_string()),
+            ("container.name", endpoint.name.clone()),
+            ("container.image.name", endpoint.image.clone()),
+            ("backend.state", state.to_owned()),
+            ("models", entry.models().join(",")),
+        ];
+        facts.into_iter().chain(reason).collect()
+    });
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use std::{
 
 use crate::{
     http1::body::{BodyDecoder, Framing, push_chunk, push_last_chunk},
-    scan::{ModelScanner, ScanError},
+    scan::{ModelScanner, Prompt, ScanError},
 };
 
 /// Why a body could not be passed on to its end.
@@ -79,6 +79,8 @@ pub struct Replay {
     scanner: Option<ModelScanner>,
     /// A body without the routing key is none the worse.
     key_is_optional: bool,
+    /// The prompt in the body, as far as it had come when a backend was to be chosen.
+    prompt: Option<Prompt>,
     /// What a backend gets of it, in the form in which it is sent.
     held: Held,
     /// Payload so far.
@@ -116,6 +118,7 @@ impl Replay {
             is_chunked: framing == Framing::Chunked,
             scanner,
             key_is_optional: false,
+            prompt: None,
             held: Held { pieces: VecDeque::new(), bytes: 0, gone_bytes: 0, counted_bytes: 0, limits: limits.clone() },
             seen_bytes: 0,
             limits: limits.clone(),
@@ -207,6 +210,24 @@ impl Replay {
         self.scanner.as_ref().and_then(ModelScanner::model)
     }
 
+    /// No more of the prompt needs to be waited for: it is not wanted, or all of it or `enough_bytes` of the body have
+    /// come, or no more can be held.
+    pub fn is_prompt_here(&self, enough_bytes: u64) -> bool {
+        let is_marked = self.scanner.as_ref().is_some_and(ModelScanner::marks_prompt);
+        !is_marked || self.is_over() || !self.keeps_sent || self.seen_bytes >= enough_bytes
+    }
+
+    /// What has come of the prompt is the prompt from now on, if it was to be marked. `model` is what the request is for.
+    pub fn end_prompt(&mut self, model: &str) -> Option<&mut Prompt> {
+        self.prompt = self.scanner.as_mut().and_then(|scanner| scanner.take_prompt(model));
+        self.prompt.as_mut()
+    }
+
+    /// The prompt, between [`end_prompt`](Self::end_prompt) and the beginning of the answer.
+    pub fn prompt(&self) -> Option<&Prompt> {
+        self.prompt.as_ref()
+    }
+
     /// The id of the answer that the request continues, if it has said so by now.
     pub fn continues(&self) -> Option<&str> {
         self.scanner.as_ref().and_then(ModelScanner::continues)
@@ -230,6 +251,7 @@ impl Replay {
     /// The answer has begun: there will be no other attempt, and what has been sent is let go.
     pub fn forget_sent(&mut self, cursor: Cursor) {
         self.keeps_sent = false;
+        self.prompt = None;
         self.held.let_go(cursor.sent_bytes);
         self.held.uncount();
     }

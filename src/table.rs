@@ -42,6 +42,8 @@ pub struct Route {
     pub object: Option<Arc<ModelObject>>,
     /// Why there are no members.
     pub why_not_ready: &'static str,
+    /// There are no members, but a container is starting that may become one.
+    pub is_coming: bool,
 }
 
 /// What a model name leads to.
@@ -168,6 +170,7 @@ impl ModelObject {
 pub struct TableReader {
     current: Arc<ArcSwap<RoutingTable>>,
     misses: Arc<Notify>,
+    suspects: Arc<Notify>,
 }
 
 /// Publishes tables. Not `Clone`: there is one writer, so generations grow without a compare-and-swap.
@@ -175,15 +178,16 @@ pub struct TableReader {
 pub struct TablePublisher {
     current: Arc<ArcSwap<RoutingTable>>,
     misses: Arc<Notify>,
+    suspects: Arc<Notify>,
     generation: u64,
 }
 
 /// A table, empty to begin with, as its two ends.
 pub fn table() -> (TablePublisher, TableReader) {
     let current = Arc::new(ArcSwap::from_pointee(RoutingTable::default()));
-    let misses = Arc::new(Notify::new());
-    let reader = TableReader { current: current.clone(), misses: misses.clone() };
-    (TablePublisher { current, misses, generation: 0 }, reader)
+    let (misses, suspects) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let reader = TableReader { current: current.clone(), misses: misses.clone(), suspects: suspects.clone() };
+    (TablePublisher { current, misses, suspects, generation: 0 }, reader)
 }
 
 impl TableReader {
@@ -197,6 +201,13 @@ impl TableReader {
     pub fn report_miss(&self) {
         self.misses.notify_one();
     }
+
+    /// Tells control that this backend could not be connected to: its container may have gone, or moved.
+    pub fn report_suspect(&self, backend: &Backend) {
+        if backend.suspect() {
+            self.suspects.notify_one();
+        }
+    }
 }
 
 impl TablePublisher {
@@ -205,6 +216,16 @@ impl TablePublisher {
         self.generation += 1;
         next.generation = self.generation;
         self.current.store(Arc::new(next));
+    }
+
+    /// The table as it was last published.
+    pub fn current(&self) -> Guard<Arc<RoutingTable>> {
+        self.current.load()
+    }
+
+    /// Resolves when a backend has been reported as a suspect since the last call; [`Backend::take_suspicion`] tells which.
+    pub async fn suspected(&self) {
+        self.suspects.notified().await;
     }
 
     /// Resolves when a model has been missed since the last call.
@@ -226,7 +247,13 @@ mod tests {
     fn route(id: &str, ready: bool) -> Route {
         let members = if ready { vec![member(id, 1, None)] } else { Vec::new() };
         let object = ready.then(|| object(id, &format!(r#"{{"id":{id:?},  "max_model_len":7}}"#)));
-        Route { model: Model::new(id), members: members.into(), object, why_not_ready: "it is starting" }
+        Route {
+            model: Model::new(id),
+            members: members.into(),
+            object,
+            why_not_ready: "it is starting",
+            is_coming: true,
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::Duration};
 use futures::{StreamExt as _, stream::BoxStream};
 use tokio::sync::mpsc;
 
-use super::{Change, Discovery, DiscoveryError, Endpoint, Health, Incarnation, Phase, network::Reach};
+use super::{Change, Discovery, DiscoveryError, Endpoint, Health, Incarnation, Looks, Phase, network::Reach};
 use crate::labels::{self, LabelSpec};
 
 /// A discovery that reports what its handle is told.
@@ -39,6 +39,7 @@ pub fn endpoint(name: &str, addr: SocketAddr) -> EndpointBuilder {
     let endpoint = Endpoint {
         id: name.into(),
         name: name.to_owned(),
+        role: name.into(),
         image: "fixed".to_owned(),
         incarnation: Incarnation(1),
         phase: Phase::Running,
@@ -57,6 +58,13 @@ impl EndpointBuilder {
     #[must_use]
     pub fn label(mut self, name: &str, value: &str) -> Self {
         self.labels.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Sets what it stands for.
+    #[must_use]
+    pub fn role(mut self, role: &str) -> Self {
+        self.endpoint.role = role.into();
         self
     }
 
@@ -134,7 +142,7 @@ impl Discovery for Fixed {
         "fixed"
     }
 
-    fn changes(self: Box<Self>) -> BoxStream<'static, Result<Change, DiscoveryError>> {
+    fn changes(self: Box<Self>, _looks: Looks) -> BoxStream<'static, Result<Change, DiscoveryError>> {
         let first = futures::stream::iter([Ok(Change::Reset(Vec::new()))]);
         let rest = futures::stream::unfold(self.changes, |mut changes| async move {
             changes.recv().await.map(|change| (change, changes))

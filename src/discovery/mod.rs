@@ -12,8 +12,9 @@ pub mod vantage;
 use std::{sync::Arc, time::Duration};
 
 use futures::stream::BoxStream;
+use tokio::sync::mpsc;
 
-use crate::{discovery::network::Reach, labels::LabelSpec};
+use crate::{discovery::network::Reach, labels::LabelSpec, telemetry::metrics::Metrics};
 
 /// Identity of an endpoint in its source; a container id for Docker.
 pub type EndpointId = Arc<str>;
@@ -56,6 +57,8 @@ pub struct Endpoint {
     pub id: EndpointId,
     /// Name for people.
     pub name: String,
+    /// What it stands for: whoever has the same role may be its replacement. The Compose service, or its name.
+    pub role: Arc<str>,
     /// Image it was made from.
     pub image: String,
     /// Which start of it this is.
@@ -64,16 +67,25 @@ pub struct Endpoint {
     pub phase: Phase,
     /// Verdict of its own health check.
     pub health: Health,
-    /// Where it can be reached, or why it cannot and what to change.
-    pub reach: Result<Reach, String>,
+    /// Where it can be reached, or why it cannot.
+    pub reach: Result<Reach, Obstacle>,
     /// What its labels ask for.
     pub labels: LabelSpec,
     /// Labels that were not understood.
     pub problems: Vec<String>,
     /// Why it must not be routed whatever its state: it is the proxy itself, or its opt-in is unclear.
-    pub excluded: Option<String>,
+    pub excluded: Option<Obstacle>,
     /// How long it gets to end by itself once it has been told to stop.
     pub stop_grace: Duration,
+}
+
+/// Why an endpoint cannot be used, in two halves for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Obstacle {
+    /// What is in the way.
+    pub what: String,
+    /// What the user can do about it.
+    pub advice: String,
 }
 
 /// Something that a source has seen or heard.
@@ -105,12 +117,19 @@ pub struct DiscoveryError {
     pub advice: String,
 }
 
+/// Endpoints that the source is asked to look at.
+pub type Looks = mpsc::Receiver<EndpointId>;
+
 /// A source of endpoints.
 pub trait Discovery: Send + 'static {
     /// Its name in logs and status.
     fn name(&self) -> &'static str;
 
+    /// Where it may count what it hears. Called once, before [`Discovery::changes`].
+    fn count_in(&mut self, _metrics: &Arc<Metrics>) {}
+
     /// Changes, endlessly. A [`Change::Reset`] follows once the source has seen everything, at the start and after every
-    /// error; an error means that it cannot see for now.
-    fn changes(self: Box<Self>) -> BoxStream<'static, Result<Change, DiscoveryError>>;
+    /// error; an error means that it cannot see for now. Endpoints named in `looks` are looked at at once: requests could not
+    /// connect to them, and what has happened to them may not have been told yet.
+    fn changes(self: Box<Self>, looks: Looks) -> BoxStream<'static, Result<Change, DiscoveryError>>;
 }

@@ -124,13 +124,12 @@ pub struct Reach {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Names(Vec<String>);
 
-/// Why a container cannot be reached, and what to change.
+/// Why a container cannot be reached; [`Unreachable::advice`] says what to change.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unreachable {
     /// The wanted network is not one of the container's.
     #[error(
-        "the container is not on the wanted network {wanted:?}, its networks are: {existing}; \
-         correct inference.network (or PROXY_NETWORK), or connect the container to that network"
+        "it is not on the network {wanted:?} that inference.network (or PROXY_NETWORK) asks for; it is on: {existing}"
     )]
     NotOnWanted {
         /// The name that was asked for.
@@ -139,57 +138,52 @@ pub enum Unreachable {
         existing: Names,
     },
     /// The wanted network is one of the container's but gives it no address.
-    #[error("the container has no address on the wanted network {wanted:?}; connect it to that network again")]
+    #[error("it has no address on the network {wanted:?} that inference.network (or PROXY_NETWORK) asks for")]
     NoAddressOnWanted {
         /// The name of the network.
         wanted: String,
     },
     /// Its network stack belongs to a container that is gone, or that was started again after it.
-    #[error(
-        "the container uses the network of container {owner:.12}, which is gone or was restarted; \
-         recreate this container"
-    )]
+    #[error("it uses the network of container {owner:.12}, which is gone or was restarted")]
     NamespaceGone {
         /// Id of the other container.
         owner: String,
     },
     /// It is cut off on purpose.
-    #[error("the container has network mode none; connect it to a network")]
+    #[error("it has network mode none")]
     NoNetwork,
     /// It is in the host's network stack and the proxy knows no way there.
-    #[error(
-        "the container uses the network of the host, to which this proxy has no way; \
-         give the proxy's container the extra host host.docker.internal:host-gateway, or network mode host"
-    )]
+    #[error("it uses the network of the host, to which this proxy has no way")]
     NoWayToHost,
     /// It has networks, the proxy has others.
-    #[error("no network in common with this proxy; connect the proxy to one of: {theirs}")]
+    #[error("it has no network in common with this proxy: it is on {theirs}, the proxy is on {ours}")]
     NothingShared {
         /// The container's networks.
         theirs: Names,
+        /// The proxy's networks.
+        ours: Names,
     },
     /// The same, and its published port is none that a container can reach.
     #[error(
-        "no network in common with this proxy, and port {port} is published on the loopback of the host only; \
-         connect the proxy to one of: {theirs}"
+        "it has no network in common with this proxy: it is on {theirs}, the proxy is on {ours}; \
+         and its port {port} is published on the loopback of the host only"
     )]
     OnlyOnLoopback {
         /// The container's port.
         port: u16,
         /// The container's networks.
         theirs: Names,
+        /// The proxy's networks.
+        ours: Names,
     },
     /// It has no address on any network.
-    #[error("the container has no address on any network; connect it to one of this proxy's: {ours}")]
+    #[error("it has no address on any network")]
     NoAddress {
         /// The proxy's networks.
         ours: Names,
     },
     /// The proxy is on a host that has no interface on any of the container's networks.
-    #[error(
-        "port {port} is not published, and from here no network of the container can be reached (they are: {theirs}); \
-         publish the port, or run the proxy in a container on one of them"
-    )]
+    #[error("none of its networks ({theirs}) can be reached from here, and its port {port} is not published")]
     NotPublished {
         /// The container's port.
         port: u16,
@@ -197,16 +191,13 @@ pub enum Unreachable {
         theirs: Names,
     },
     /// Neither has the container an address nor the host a port for it.
-    #[error(
-        "the container has no address on any network and port {port} is not published; \
-         publish the port, or connect the container to a network"
-    )]
+    #[error("it has no address on any network, and its port {port} is not published")]
     NowhereOnHost {
         /// The container's port.
         port: u16,
     },
     /// There is no port to try.
-    #[error("the container has no port to try; set inference.port")]
+    #[error("it has no port to try")]
     NoPort,
 }
 
@@ -308,8 +299,11 @@ fn no_way(wiring: &Wiring, vantage: &Vantage, port: u16) -> Unreachable {
             let ours = Names::of(attachments);
             Unreachable::NoAddress { ours }
         }
-        _ if is_on_loopback_only(wiring, port) => Unreachable::OnlyOnLoopback { port, theirs },
-        _ => Unreachable::NothingShared { theirs },
+        Vantage::Container { attachments, .. } if is_on_loopback_only(wiring, port) => {
+            Unreachable::OnlyOnLoopback { port, theirs, ours: Names::of(attachments) }
+        }
+        Vantage::Container { attachments, .. } => Unreachable::NothingShared { theirs, ours: Names::of(attachments) },
+        Vantage::Host { .. } => Unreachable::NotPublished { port, theirs },
     }
 }
 
@@ -317,6 +311,61 @@ fn is_on_loopback_only(wiring: &Wiring, port: u16) -> bool {
     let is_loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
     let mut bindings = wiring.published.iter().filter(|p| p.container_port == port).peekable();
     bindings.peek().is_some() && bindings.all(|p| p.host_ip.is_some_and(is_loopback))
+}
+
+// === impl Unreachable ===
+
+impl Unreachable {
+    /// What to do about it; `container` is its name, for commands that can be typed as they stand.
+    pub fn advice(&self, container: &str) -> String {
+        // Labels say what they like, and these are pasted into a shell.
+        let typed = |name: &str| match name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
+            true => name.to_owned(),
+            false => "NETWORK".to_owned(),
+        };
+        match self {
+            Unreachable::NotOnWanted { wanted, .. } => format!(
+                "correct the name (docker network ls has them all; Compose puts the project's name in front), \
+                 or connect the container: docker network connect {} {container}",
+                typed(wanted)
+            ),
+            Unreachable::NoAddressOnWanted { wanted } => {
+                let wanted = typed(wanted);
+                format!("connect it anew: docker network disconnect -f {wanted} {container}, then connect")
+            }
+            Unreachable::NamespaceGone { .. } => format!("recreate {container}"),
+            Unreachable::NoNetwork => "create it with a network instead of network_mode: none".to_owned(),
+            Unreachable::NoWayToHost => "give the proxy's container the extra host \
+                 host.docker.internal:host-gateway (--add-host, extra_hosts), or network mode host"
+                .to_owned(),
+            Unreachable::NothingShared { theirs, ours } | Unreachable::OnlyOnLoopback { theirs, ours, .. } => {
+                match (ours.preferred(), theirs.preferred()) {
+                    (Some(ours), _) => format!(
+                        "connect it to a network of the proxy (docker network connect {} {container}), \
+                         or name one network in both Compose files",
+                        typed(ours)
+                    ),
+                    (None, theirs) => {
+                        format!(
+                            "connect the proxy: docker network connect {} PROXY",
+                            typed(theirs.unwrap_or("NETWORK"))
+                        )
+                    }
+                }
+            }
+            Unreachable::NoAddress { ours } => {
+                let network = typed(ours.preferred().unwrap_or("NETWORK"));
+                format!("connect it to a network of the proxy: docker network connect {network} {container}")
+            }
+            Unreachable::NotPublished { port, .. } => {
+                format!("publish the port (-p 127.0.0.1:{port}:{port}), or run the proxy in a container on its network")
+            }
+            Unreachable::NowhereOnHost { port } => {
+                format!("publish the port (-p 127.0.0.1:{port}:{port}), or connect the container to a network")
+            }
+            Unreachable::NoPort => "set inference.port".to_owned(),
+        }
+    }
 }
 
 // === impl Reach ===
@@ -441,6 +490,12 @@ fn contains((prefix, bits): (IpAddr, u8), ip: IpAddr) -> bool {
 // === impl Names ===
 
 impl Names {
+    /// The one to name in an example: one that somebody made, if there is one.
+    fn preferred(&self) -> Option<&str> {
+        let is_made = |name: &&String| !DEFAULT_NETWORKS.contains(&name.as_str());
+        self.0.iter().find(is_made).or(self.0.first()).map(String::as_str)
+    }
+
     fn of<'a>(attachments: impl IntoIterator<Item = &'a Attachment>) -> Names {
         let usable = attachments.into_iter().filter(|a| a.name != INGRESS);
         let mut names: Vec<String> = usable.map(|a| a.name.clone()).collect();
@@ -549,6 +604,24 @@ mod tests {
     }
 
     #[test]
+    fn advice_can_be_typed_as_it_stands() {
+        let ours = in_container("bridge 172.17.0.9; z 10.9.0.9");
+        for (container, vantage, wanted, expected) in [
+            (on("a 10.0.0.2"), ours.clone(), None, "docker network connect z vllm"),
+            (on("a 10.0.0.2"), in_container("bridge 172.17.0.9"), None, "docker network connect bridge vllm"),
+            (on("a 10.0.0.2"), in_container(""), None, "docker network connect a PROXY"),
+            (on("dead"), ours.clone(), None, "docker network connect z vllm"),
+            (on("a 10.0.0.2"), ours.clone(), Some("b"), "docker network connect b vllm"),
+            (on("a 10.0.0.2"), ours.clone(), Some("$(rm b)"), "docker network connect NETWORK vllm"),
+            (on("a 10.0.0.2"), on_host(&[]), None, "-p 127.0.0.1:8000:8000"),
+            (with_mode(NetworkMode::Host), in_container(""), None, "host.docker.internal:host-gateway"),
+        ] {
+            let advice = reach(&container, &vantage, wanted, &[8000]).unwrap_err().advice("vllm");
+            assert!(advice.contains(expected), "{advice}");
+        }
+    }
+
+    #[test]
     fn ports_to_try() {
         for (label, exposed, expected) in [
             (Some(9000), &[8080][..], &[9000][..]),
@@ -600,13 +673,15 @@ mod tests {
 
     #[test]
     fn networks_are_compared_by_id_and_by_name_without_one() {
-        let nothing_shared = "no network in common with this proxy; connect the proxy to one of: net";
+        let nothing_shared =
+            |ours: &str| format!("it has no network in common with this proxy: it is on net, the proxy is on {ours}");
+        let reached_on = |name: &str| format!("10.0.0.2:8000 on {name}");
         for (theirs, ours, expected) in [
-            ("net 10.0.0.2 id=other", "net 10.0.0.9", nothing_shared),
-            ("alias 10.0.0.2 id=1", "net 10.0.0.9 id=1", "10.0.0.2:8000 on alias"),
-            ("net 10.0.0.2 id=", "net 10.0.0.9", "10.0.0.2:8000 on net"),
-            ("net 10.0.0.2", "net 10.0.0.9 id=", "10.0.0.2:8000 on net"),
-            ("net 10.0.0.2 id=", "other 10.0.0.9 id=", nothing_shared),
+            ("net 10.0.0.2 id=other", "net 10.0.0.9", nothing_shared("net")),
+            ("alias 10.0.0.2 id=1", "net 10.0.0.9 id=1", reached_on("alias")),
+            ("net 10.0.0.2 id=", "net 10.0.0.9", reached_on("net")),
+            ("net 10.0.0.2", "net 10.0.0.9 id=", reached_on("net")),
+            ("net 10.0.0.2 id=", "other 10.0.0.9 id=", nothing_shared("other")),
         ] {
             assert_eq!(reached(&on(theirs), &in_container(ours), None), expected, "{theirs} | {ours}");
         }
@@ -616,7 +691,7 @@ mod tests {
     fn swarm_ingress_is_no_way() {
         let container = on("ingress 10.0.0.2; llm_net 10.1.0.2");
         let proxy = in_container("ingress 10.0.0.9");
-        let elsewhere = "no network in common with this proxy; connect the proxy to one of: llm_net";
+        let elsewhere = "it has no network in common with this proxy: it is on llm_net, the proxy is on none";
         assert_eq!(reached(&container, &proxy, None), elsewhere);
         assert_eq!(reached(&container, &on_host(&[("10.0.0.0", 24)]), None), not_published("llm_net"));
         assert_eq!(reached(&container, &proxy, Some("ingress")), not_on("ingress", "llm_net"));
@@ -624,16 +699,14 @@ mod tests {
 
     fn not_on(wanted: &str, existing: &str) -> String {
         format!(
-            "the container is not on the wanted network {wanted:?}, its networks are: {existing}; correct \
-             inference.network (or PROXY_NETWORK), or connect the container to that network"
+            "it is not on the network {wanted:?} that inference.network (or PROXY_NETWORK) asks for; it is on: {existing}"
         )
     }
 
     #[test]
     fn the_wanted_network_decides() {
         let container = on("a 10.0.0.2; llm_b fd00::2; llm_a 10.2.0.2; dead");
-        let no_address =
-            "the container has no address on the wanted network \"dead\"; connect it to that network again";
+        let no_address = "it has no address on the network \"dead\" that inference.network (or PROXY_NETWORK) asks for";
         for proxy in [in_container("a 10.0.0.9"), in_container(""), on_host(&[("10.0.0.0", 24)])] {
             assert_eq!(reached(&container, &proxy, Some("a")), "10.0.0.2:8000 on a");
             assert_eq!(reached(&container, &proxy, Some("llm_a")), "10.2.0.2:8000 on llm_a");
@@ -659,8 +732,7 @@ mod tests {
     fn host_network_containers() {
         let docker = Wiring { attachments: nets("host"), ..with_mode(NetworkMode::Host) };
         let podman = with_mode(NetworkMode::Host);
-        let no_way = "the container uses the network of the host, to which this proxy has no way; give the proxy's \
-                      container the extra host host.docker.internal:host-gateway, or network mode host";
+        let no_way = "it uses the network of the host, to which this proxy has no way";
         let ours = "bridge 172.17.0.9 gw=172.17.0.1; a 10.0.0.9 gw=10.0.0.1; aa 10.2.0.9";
         for (proxy, expected) in [
             (on_host(&[]), "127.0.0.1:8000"),
@@ -685,10 +757,9 @@ mod tests {
     fn containers_without_a_network_of_their_own() {
         let proxy = in_container("a 10.0.0.9");
         let owner = NetworkMode::Container("0123456789ab".repeat(5) + "cdef");
-        let gone = "the container uses the network of container 0123456789ab, which is gone or was restarted; recreate \
-                    this container";
+        let gone = "it uses the network of container 0123456789ab, which is gone or was restarted";
         for wanted in [None, Some("a")] {
-            let none = "the container has network mode none; connect it to a network";
+            let none = "it has network mode none";
             assert_eq!(reached(&with_mode(NetworkMode::None), &proxy, wanted), none);
             assert_eq!(reached(&with_mode(owner.clone()), &proxy, wanted), gone);
         }
@@ -712,15 +783,11 @@ mod tests {
         assert_eq!(reached(&container, &in_host_network(), None), "10.0.0.2:8000 on a");
     }
 
-    const NOWHERE: &str = "the container has no address on any network and port 8000 is not published; \
-                           publish the port, or connect the container to a network";
-    const NO_ADDRESS: &str = "the container has no address on any network; connect it to one of this proxy's: z";
+    const NOWHERE: &str = "it has no address on any network, and its port 8000 is not published";
+    const NO_ADDRESS: &str = "it has no address on any network";
 
     fn not_published(theirs: &str) -> String {
-        format!(
-            "port 8000 is not published, and from here no network of the container can be reached \
-             (they are: {theirs}); publish the port, or run the proxy in a container on one of them"
-        )
+        format!("none of its networks ({theirs}) can be reached from here, and its port 8000 is not published")
     }
 
     #[test]
@@ -766,13 +833,12 @@ mod tests {
     fn what_cannot_be_reached_says_what_to_change() {
         let networks = "b 10.1.0.2; a 10.0.0.2; dead";
         let proxy = in_container("z 10.9.0.9; y 10.8.0.9");
-        let connect = "no network in common with this proxy; connect the proxy to one of: a, b";
-        let only_loopback = "no network in common with this proxy, and port 8000 is published on the loopback of the \
-                             host only; connect the proxy to one of: a, b";
+        let connect = "it has no network in common with this proxy: it is on a, b, the proxy is on y, z";
+        let only_loopback = format!("{connect}; and its port 8000 is published on the loopback of the host only");
         let (loopback, everywhere) = (published(8000, "127.0.0.1", 8000), published(8000, "0.0.0.0", 8000));
         for (ports, expected) in [
             (&[][..], connect),
-            (std::slice::from_ref(&loopback), only_loopback),
+            (std::slice::from_ref(&loopback), &*only_loopback),
             (std::slice::from_ref(&everywhere), connect),
             (&[loopback.clone(), everywhere.clone()], connect),
         ] {
@@ -781,14 +847,14 @@ mod tests {
         let publish = not_published("a, b");
         assert_eq!(reached(&on(networks), &on_host(&[("10.5.0.0", 16)]), None), publish);
         assert_eq!(reached(&on("dead"), &on_host(&[]), None), NOWHERE);
-        assert_eq!(reached(&on("dead"), &proxy, None), NO_ADDRESS.replace(": z", ": y, z"));
+        assert_eq!(reached(&on("dead"), &proxy, None), NO_ADDRESS);
     }
 
     #[test]
     fn messages_name_a_bounded_number_of_networks() {
         let many: String = (10..60).map(|i| format!("n{i} 10.0.0.{i};")).collect();
         let text = reached(&on(&many), &in_container(""), None);
-        assert!(text.ends_with("n10, n11, n12, n13, n14, n15, n16, n17 and 42 more"), "{text}");
+        assert!(text.contains("n10, n11, n12, n13, n14, n15, n16, n17 and 42 more"), "{text}");
     }
 
     #[test]
@@ -933,9 +999,10 @@ mod tests {
             wanted in any_wanted(),
         ) {
             let Err(unreachable) = reach(&wiring, &vantage, wanted, &[8000]) else { return Ok(()) };
-            let text = unreachable.to_string();
-            prop_assert!(text.len() < 400 && !text.ends_with('.') && text.contains("; "), "{}", text);
-            prop_assert!(text.starts_with(|c: char| c.is_ascii_lowercase()), "{}", text);
+            for text in [unreachable.to_string(), unreachable.advice("c")] {
+                prop_assert!(text.len() < 400 && !text.ends_with('.') && !text.is_empty(), "{}", text);
+                prop_assert!(text.starts_with(|c: char| c.is_ascii_lowercase()), "{}", text);
+            }
         }
     }
 }

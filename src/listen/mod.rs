@@ -28,6 +28,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     proxy::{Proxy, client::Closing},
+    telemetry::metrics::Metrics,
     upstream,
 };
 
@@ -210,7 +211,8 @@ async fn work(
     let connections = TaskTracker::new();
     // Ends once nobody can hand over any more and everything that was handed over is served.
     while let Some((stream, peer)) = incoming.recv().await {
-        let closed = CloseGuard(open.clone());
+        let closed = CloseGuard { open: open.clone(), metrics: proxy.metrics().clone() };
+        closed.metrics.clients_accepted.increment();
         let (proxy, stopper) = (proxy.clone(), stopper.clone());
         connections.spawn(async move {
             serve(stream, peer.ip().to_canonical(), proxy, stopper).await;
@@ -262,11 +264,15 @@ async fn first_bytes(stream: &mut tokio::net::TcpStream) -> Option<Vec<u8>> {
     }
 }
 
-struct CloseGuard(Arc<AtomicUsize>);
+struct CloseGuard {
+    open: Arc<AtomicUsize>,
+    metrics: Arc<Metrics>,
+}
 
 impl Drop for CloseGuard {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
+        self.metrics.clients_closed.increment();
+        self.open.fetch_sub(1, Relaxed);
     }
 }
 

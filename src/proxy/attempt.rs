@@ -5,12 +5,12 @@
 
 use std::{
     io::IoSlice,
-    pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use http::StatusCode;
-use tokio::time::Sleep;
+use tokio::time::{Instant, sleep};
 
 use super::{
     client::{BodyWait, Client, Gone, Transport, with_scratch},
@@ -38,6 +38,8 @@ pub struct Attempt {
     /// The head, as it is sent.
     head: Vec<u8>,
     head_gone: usize,
+    /// When as much had been written as could be at first.
+    pub written_at: Option<Instant>,
     cursor: Cursor,
     /// What has come of the answer and has not been passed on.
     pub inbound: Vec<u8>,
@@ -80,6 +82,7 @@ impl Attempt {
             lease,
             head,
             head_gone: 0,
+            written_at: None,
             cursor: Cursor::default(),
             inbound: Vec::new(),
             end: HeadEnd::default(),
@@ -93,7 +96,7 @@ impl Attempt {
         if self.has_heard { Stage::Begun } else { Stage::Unanswered { reused: self.lease.reused } }
     }
 
-    /// Sends, and waits for the head of the answer.
+    /// Sends, and waits for the head of the answer, for up to `limit` where it is the backend that is waited for.
     ///
     /// # Errors
     /// There will be none on this connection.
@@ -103,8 +106,10 @@ impl Attempt {
         replay: &mut Replay,
         request: &RequestHead,
         upgrades: bool,
-        mut timer: Option<Pin<&mut Sleep>>,
+        limit: Option<Duration>,
     ) -> Result<ResponseHead, Stop> {
+        let mut timer = limit.map(|limit| (limit, Box::pin(sleep(limit))));
+        let mut is_held_up = false;
         std::future::poll_fn(|cx| {
             self.lease.use_in(cx);
             loop {
@@ -116,6 +121,9 @@ impl Attempt {
                 }
                 if let Err(stop) = self.poll_upload(cx, client, replay) {
                     return Poll::Ready(Err(stop));
+                }
+                if self.written_at.is_none() {
+                    self.written_at = Some(Instant::now());
                 }
                 match self.poll_head(cx) {
                     Poll::Pending => break,
@@ -144,10 +152,16 @@ impl Attempt {
             if replay.is_over() && client.poll_gone(cx).is_ready() {
                 return Poll::Ready(Err(Stop::Gone));
             }
-            match timer.as_mut().map(|timer| timer.as_mut().poll(cx)) {
-                Some(Poll::Ready(())) => Poll::Ready(Err(Stop::Failed(What::TimedOut, self.stage()))),
-                Some(Poll::Pending) | None => Poll::Pending,
+            let Some((limit, timer)) = &mut timer else { return Poll::Pending };
+            // As long as it is the client that does not go on, the time is not the backend's.
+            if self.awaits_client(replay) {
+                is_held_up = true;
+                return Poll::Pending;
             }
+            if std::mem::take(&mut is_held_up) {
+                timer.as_mut().reset(Instant::now() + *limit);
+            }
+            timer.as_mut().poll(cx).map(|()| Err(Stop::Failed(What::TimedOut, self.stage())))
         })
         .await
     }
@@ -245,6 +259,14 @@ impl Attempt {
                 Poll::Ready(_) => return Poll::Ready(Err(What::Ended)),
             }
         }
+    }
+
+    /// All that has come of the request has been sent, and there is more to come.
+    fn awaits_client(&self, replay: &Replay) -> bool {
+        !self.write_failed
+            && !replay.is_over()
+            && self.head_gone == self.head.len()
+            && replay.unsent_bytes(self.cursor) == 0
     }
 
     /// The answer has begun: there will be no other attempt.

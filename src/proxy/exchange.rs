@@ -1,14 +1,21 @@
 //! The account of one request: what it was, how it ended, told once to metrics and log.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{makers::Makers, relay::Watch};
+use super::{
+    makers::Makers,
+    relay::Watch,
+    trace::{Account, Trace},
+};
 use crate::{
-    backend::{Backend, Member, Model},
-    http1::head::{Known, RequestHead},
-    scan::{AnswerKind, UsageTap},
+    backend::{Backend, InFlight, Member, Model},
+    http1::{
+        body::Framing,
+        head::{Known, RequestHead},
+    },
+    scan::{AnswerKind, Usage, UsageTap},
     telemetry::metrics::{Metrics, ModelMetrics},
 };
 
@@ -79,17 +86,37 @@ pub struct Exchange<'r> {
     /// The model, once it is known to exist.
     pub model: Option<Arc<Model>>,
     /// Who served it last.
-    pub backend: Option<Arc<Backend>>,
+    backend: Option<Arc<Backend>>,
+    /// Its place on the backend, while its answer passes.
+    in_flight: Option<InFlight>,
+    /// When it was sent last, for the backend's tally.
+    sent_at: Option<Instant>,
+    /// How many tokens of its answer the tally knows, and since when it knows all.
+    tallied: (u64, Option<Instant>),
     /// How often it was sent to a backend.
     pub attempts: u32,
+    /// What it tells as spans.
+    pub trace: Trace,
     /// Status that the client got; 0 before it got one.
     pub status: u16,
+    /// It stands in line for a place.
+    pub is_in_line: bool,
+    /// Its body had not come to its end when its client left.
+    pub is_uploading: bool,
+    /// Payload of its body, once that is known.
+    pub request_bytes: Option<u64>,
     response_bytes: u64,
+    /// Time that it spent waiting for others before it was sent.
+    waited: Duration,
+    /// When it was written to the backend for the first time, and when the head of the answer had come.
+    turn: Option<(Instant, Instant)>,
     tap: Option<UsageTap>,
+    /// The answer comes in pieces, as it is made.
+    is_streamed: bool,
     /// To be told the id of the answer.
     learner: Option<Learner<'r>>,
-    /// The first token has come.
-    has_content: bool,
+    /// When the first token came.
+    first_content_at: Option<Instant>,
     ended: bool,
 }
 
@@ -102,6 +129,8 @@ pub struct Learner<'r> {
     pub member: Arc<Member>,
 }
 
+/// So many tokens are told to the tally together while an answer passes.
+const TALLIED_AT_ONCE: u64 = 32;
 /// Status in the account of a request whose client left before it got one.
 const CLIENT_GONE: u16 = 499;
 
@@ -123,12 +152,22 @@ impl<'r> Exchange<'r> {
             access_log,
             model: None,
             backend: None,
+            in_flight: None,
+            sent_at: None,
+            tallied: (0, None),
             attempts: 0,
+            trace: Trace::begin(metrics.tracing.as_ref(), head),
             status: 0,
+            is_in_line: false,
+            is_uploading: false,
+            request_bytes: None,
             response_bytes: 0,
+            waited: Duration::ZERO,
+            turn: None,
             tap: None,
+            is_streamed: false,
             learner: None,
-            has_content: false,
+            first_content_at: None,
             ended: false,
         }
     }
@@ -136,7 +175,48 @@ impl<'r> Exchange<'r> {
     /// An answer is about to pass that tells of itself.
     pub fn listen_to(&mut self, kind: AnswerKind, learner: Option<Learner<'r>>) {
         self.tap = Some(UsageTap::new(kind));
+        self.is_streamed = kind != AnswerKind::Json;
         self.learner = learner;
+    }
+
+    /// How long its body is: as it says, else as much as has been `seen`.
+    pub fn body_bytes(&self, seen: u64) -> u64 {
+        match self.head.framing {
+            Framing::Length(length) => length,
+            Framing::Empty | Framing::Chunked | Framing::Close => seen,
+        }
+    }
+
+    /// It is sent to a backend, or once more.
+    pub fn sent(&mut self, now: Instant) {
+        self.attempts += 1;
+        self.sent_at = Some(now);
+    }
+
+    /// It has a place on this backend.
+    pub fn served_by(&mut self, in_flight: &InFlight) {
+        self.model = Some(in_flight.model().clone());
+        self.backend = Some(in_flight.backend().clone());
+    }
+
+    /// Its answer is about to pass.
+    pub fn now_served(&mut self, in_flight: InFlight) {
+        self.in_flight = Some(in_flight);
+    }
+
+    /// Its answer has ended. Returns its place on the backend.
+    pub fn no_longer_served(&mut self) -> Option<InFlight> {
+        self.in_flight.take()
+    }
+
+    /// It has waited for somebody else before it was sent: its client, a place, a connection.
+    pub fn has_waited(&mut self, time: Duration) {
+        self.waited += time;
+    }
+
+    /// The head of an answer has come, to what was first written at `written_at`.
+    pub fn answered(&mut self, written_at: Option<Instant>, now: Instant) {
+        self.turn = written_at.map(|written_at| (written_at, now));
     }
 
     /// When it arrived.
@@ -158,11 +238,29 @@ impl<'r> Exchange<'r> {
             (Ending::ClientGone, 0) => CLIENT_GONE,
             (_, status) => status,
         };
-        let duration = self.started.elapsed();
+        let now = Instant::now();
+        let duration = now.saturating_duration_since(self.started);
         let instruments: &ModelMetrics = self.model.as_ref().map_or(&self.metrics.unknown, |model| &model.metrics);
         instruments.request_done(status, duration);
-        if let Some(tap) = &self.tap {
-            instruments.answer_told(&tap.usage());
+        if let Some(request_bytes) = self.request_bytes {
+            instruments.request_bytes.observe_count(request_bytes);
+            instruments.response_bytes.observe_count(self.response_bytes);
+        }
+        let usage = self.tap.as_ref().map(UsageTap::usage);
+        if let Some(usage) = &usage {
+            instruments.answer_told(usage);
+            if let (Ending::Complete, true, Some(first), Some(tokens)) =
+                (ending, self.is_streamed, self.first_content_at, usage.output_tokens)
+            {
+                instruments.streamed(tokens, now.saturating_duration_since(first));
+            }
+            self.tally_tokens(usage.output_tokens.unwrap_or(0).max(usage.output_events), now);
+        }
+        if ending == Ending::ClientGone {
+            self.metrics.disconnects.increment(self.phase());
+        }
+        if !matches!(self.trace, Trace::Off) {
+            self.end_trace(status, ending, usage);
         }
         if self.access_log {
             tracing::info!(
@@ -179,11 +277,50 @@ impl<'r> Exchange<'r> {
         }
     }
 
-    fn model_id(&self) -> Option<&str> {
+    /// Tells the backend's tally that these many tokens of the answer have come in all.
+    fn tally_tokens(&mut self, count: u64, now: Instant) {
+        let (known, since) = self.tallied;
+        if let Some(backend) = &self.backend
+            && let Some(since) = since.or(self.sent_at)
+            && count > known
+        {
+            backend.tally.tokens(count - known, since, now);
+            self.tallied = (count, Some(now));
+        }
+    }
+
+    /// How far it is, as [`crate::telemetry::metrics::DISCONNECT_PHASES`] says it.
+    fn phase(&self) -> &'static str {
+        match self {
+            Exchange { status: 1.., .. } => "mid_answer",
+            Exchange { is_in_line: true, .. } => "queue",
+            Exchange { is_uploading: true, .. } | Exchange { attempts: 0, .. } => "upload",
+            _ => "before_first_byte",
+        }
+    }
+
+    fn end_trace(&mut self, status: u16, ending: Ending, usage: Option<Usage>) {
+        let mut trace = std::mem::take(&mut self.trace);
+        trace.end(&Account {
+            head: self.head,
+            request_id: self.request_id(),
+            client_ip: self.client_ip,
+            status,
+            ending,
+            model: self.model.as_deref(),
+            backend: self.backend.as_deref(),
+            usage,
+            response_bytes: self.response_bytes,
+        });
+    }
+
+    /// The model, if it is known.
+    pub fn model_id(&self) -> Option<&str> {
         self.model.as_ref().map(|model| &*model.id)
     }
 
-    fn container(&self) -> Option<&str> {
+    /// The container that served it last.
+    pub fn container(&self) -> Option<&str> {
         self.backend.as_ref().map(|backend| backend.spec.name.as_str())
     }
 }
@@ -191,12 +328,29 @@ impl<'r> Exchange<'r> {
 impl Watch for Exchange<'_> {
     fn payload(&mut self, payload: &[u8]) {
         self.response_bytes += payload.len() as u64;
+        if let Some(in_flight) = &mut self.in_flight
+            && in_flight.awaits_first_byte()
+        {
+            in_flight.first_byte(Instant::now());
+        }
         let Some(tap) = &mut self.tap else { return };
         tap.feed(payload);
-        if !self.has_content && tap.has_content() {
-            self.has_content = true;
+        let events = tap.output_events();
+        if events >= self.tallied.0 + TALLIED_AT_ONCE {
+            self.tally_tokens(events, Instant::now());
+        }
+        let Some(tap) = &mut self.tap else { return };
+        if self.first_content_at.is_none() && tap.has_content() {
+            let now = Instant::now();
+            self.first_content_at = Some(now);
+            if let (Some(since), Some(backend)) = (self.sent_at, &self.backend) {
+                backend.tally.first_token(now.saturating_duration_since(since), now);
+                self.tallied.1.get_or_insert(now);
+            }
             if let Some(model) = &self.model {
-                model.metrics.time_to_first_token.observe(self.started.elapsed());
+                let elapsed = now.saturating_duration_since(self.started);
+                model.metrics.time_to_first_token.observe(elapsed);
+                self.trace.first_token(elapsed);
             }
         }
         if self.learner.is_some()
@@ -204,6 +358,17 @@ impl Watch for Exchange<'_> {
             && let Some(Learner { makers, member }) = self.learner.take()
         {
             makers.learn(id, &member);
+        }
+    }
+
+    fn passed(&mut self, is_all: bool) {
+        // Of a request that was sent more than once nobody could say which part of its time was the proxy's.
+        if let Some((written_at, answered_at)) = self.turn.take()
+            && is_all
+            && self.attempts == 1
+        {
+            let before = written_at.saturating_duration_since(self.started).saturating_sub(self.waited);
+            self.metrics.overhead.observe(before + answered_at.elapsed());
         }
     }
 }

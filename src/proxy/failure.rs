@@ -4,7 +4,11 @@
 //! answer that has begun is never begun again by somebody else, and nothing is retried for a client that has left. What
 //! a failure says about the backend's health is part of the same table, because both are judged by the same facts.
 
-use crate::upstream::ConnectError;
+use std::time::{Duration, SystemTime};
+
+use http::StatusCode;
+
+use crate::{breaker::Outcome, tally::Trouble, upstream::ConnectError};
 
 /// What went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +26,23 @@ pub enum What {
     ClientGone,
     /// The client's body turned out to be wrong or too large, or stood still.
     ClientFault,
+}
+
+impl What {
+    /// One word for telemetry.
+    pub fn name(self) -> &'static str {
+        match self {
+            What::Connect(ConnectError::Refused) => "connection_refused",
+            What::Connect(ConnectError::TimedOut) => "connect_timeout",
+            What::Connect(ConnectError::Unreachable) => "unreachable",
+            What::Connect(ConnectError::Cut) => "backend_stopped",
+            What::Ended => "connection_ended",
+            What::Nonsense => "invalid_answer",
+            What::TimedOut => "timeout",
+            What::ClientGone => "client_gone",
+            What::ClientFault => "client_broke",
+        }
+    }
 }
 
 /// How far the exchange had come.
@@ -87,9 +108,73 @@ pub fn judge(what: What, stage: Stage, can_replay: bool) -> (Action, Lesson) {
     }
 }
 
+/// What people are told of a failure; nothing of what was not the backend's fault.
+pub fn trouble(what: What) -> Option<Trouble> {
+    match what {
+        What::Connect(ConnectError::Refused) => Some(Trouble::Refused),
+        What::Connect(ConnectError::TimedOut) => Some(Trouble::ConnectTimedOut),
+        What::Connect(ConnectError::Unreachable) => Some(Trouble::Unreachable),
+        What::Ended => Some(Trouble::Ended),
+        What::Nonsense => Some(Trouble::Nonsense),
+        What::TimedOut => Some(Trouble::TimedOut),
+        What::Connect(ConnectError::Cut) | What::ClientGone | What::ClientFault => None,
+    }
+}
+
+/// What a backend's record learns from the status of an answer. An error that is the client's (4xx) is none of the
+/// backend's; 429, 503 and 529 say that it is busy, not that it is broken; 501 and 505 speak of the request. `retry_after`:
+/// the header of that name, in seconds or as a date (RFC 9110, 10.2.3), compared with what `clock` says.
+pub fn outcome(status: StatusCode, retry_after: Option<&[u8]>, clock: impl FnOnce() -> SystemTime) -> Outcome {
+    match status.as_u16() {
+        429 | 503 | 529 => Outcome::PushBack { retry_after: retry_after.and_then(|text| wait(text, clock)) },
+        501 | 505 => Outcome::Success,
+        500.. => Outcome::Failure,
+        _ => Outcome::Success,
+    }
+}
+
+fn wait(text: &[u8], clock: impl FnOnce() -> SystemTime) -> Option<Duration> {
+    let text = std::str::from_utf8(text).ok()?.trim();
+    if let Ok(seconds) = text.parse::<u32>() {
+        return Some(Duration::from_secs(seconds.into()));
+    }
+    let date = httpdate::parse_http_date(text).ok()?;
+    Some(date.duration_since(clock()).unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_status_teaches() {
+        let clock = || SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+        let pushed = |seconds: Option<u64>| Outcome::PushBack { retry_after: seconds.map(Duration::from_secs) };
+        for (status, retry_after, expect) in [
+            (200, None, Outcome::Success),
+            (302, None, Outcome::Success),
+            (400, None, Outcome::Success),
+            (404, Some("7"), Outcome::Success),
+            (499, None, Outcome::Success),
+            (501, None, Outcome::Success),
+            (500, Some("7"), Outcome::Failure),
+            (502, None, Outcome::Failure),
+            (504, None, Outcome::Failure),
+            (599, None, Outcome::Failure),
+            (429, None, pushed(None)),
+            (429, Some(" 7 "), pushed(Some(7))),
+            (529, Some("0"), pushed(Some(0))),
+            (503, Some("soon"), pushed(None)),
+            (503, Some("-1"), pushed(None)),
+            (503, Some("99999999999"), pushed(None)),
+            (503, Some("Sun, 09 Sep 2001 01:47:10 GMT"), pushed(Some(30))),
+            (503, Some("Sun, 09 Sep 2001 01:46:10 GMT"), pushed(Some(0))),
+        ] {
+            let status = StatusCode::from_u16(status).unwrap();
+            let got = outcome(status, retry_after.map(str::as_bytes), clock);
+            assert_eq!(got, expect, "{status} {retry_after:?}");
+        }
+    }
 
     #[test]
     fn the_matrix() {
@@ -119,6 +204,7 @@ mod tests {
             (What::ClientGone, Stage::Answered, true, Action::Abandon, Lesson::None),
         ] {
             assert_eq!(judge(what, stage, can_replay), (action, lesson), "{what:?} {stage:?} {can_replay}");
+            assert!(lesson == Lesson::None || trouble(what).is_some(), "{what:?} must have a name");
         }
     }
 

@@ -4,6 +4,7 @@ use std::{io::Write as _, net::IpAddr};
 
 use http::HeaderMap;
 
+use super::trace::TraceHeaders;
 use crate::http1::{
     body::Framing,
     head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
@@ -20,6 +21,8 @@ pub struct ToBackend<'a> {
     pub client_ip: IpAddr,
     /// Correlates the request with its answers and log lines.
     pub request_id: &'a [u8],
+    /// The trace that the request belongs to; `None`: as the client said it.
+    pub trace: Option<&'a TraceHeaders>,
     /// The client may go on with another protocol on this connection.
     pub upgrades: bool,
 }
@@ -58,6 +61,8 @@ pub fn push_request(out: &mut Vec<u8>, head: &RequestHead, to: &ToBackend<'_>) {
             }
             // Two equal ones may come; one goes.
             Known::ContentLength => continue,
+            Known::TraceParent if to.trace.is_some() => continue,
+            Known::TraceState if to.trace.is_some_and(|trace| !trace.keeps_state) => continue,
             _ => {}
         }
         push_line(out, header.name, header.value);
@@ -75,6 +80,9 @@ pub fn push_request(out: &mut Vec<u8>, head: &RequestHead, to: &ToBackend<'_>) {
     }
     if !lines.has(Known::XRequestId) {
         push_line(out, b"x-request-id", to.request_id);
+    }
+    if let Some(trace) = to.trace {
+        push_line(out, b"traceparent", &trace.traceparent);
     }
     if lines.lists(Known::Te, "trailers") {
         out.extend_from_slice(b"te: trailers\r\n");
@@ -214,6 +222,23 @@ pub fn push_own(
     push_end(out, Delivery::AsIs, connection, origin);
 }
 
+/// Writes the head of an answer of the proxy's own whose body comes by and by; `framing` says how its end is told.
+pub fn push_own_stream(
+    out: &mut Vec<u8>,
+    head: &http::Response<()>,
+    framing: Delivery,
+    request_id: &[u8],
+    connection: Persistence,
+    origin: Option<&[u8]>,
+) {
+    push_status(out, head.status().as_u16(), head.status().canonical_reason().unwrap_or_default().as_bytes());
+    for (name, value) in head.headers() {
+        push_line(out, name.as_str().as_bytes(), value.as_bytes());
+    }
+    push_line(out, b"x-request-id", request_id);
+    push_end(out, framing, connection, origin);
+}
+
 fn push_end(out: &mut Vec<u8>, framing: Delivery, connection: Persistence, origin: Option<&[u8]>) {
     if let Some(origin) = origin {
         push_line(out, b"access-control-allow-origin", origin);
@@ -315,6 +340,7 @@ mod tests {
             authority: "10.0.0.1:8000",
             client_ip: ip.parse().unwrap(),
             request_id: b"id-1",
+            trace: None,
             upgrades: false,
         };
         let mut out = Vec::new();
@@ -407,6 +433,7 @@ mod tests {
             authority: "b",
             client_ip: [192, 0, 2, 7].into(),
             request_id: b"id",
+            trace: None,
             upgrades: true,
         };
         push_request(&mut out, &request(text), &to);

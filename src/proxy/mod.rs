@@ -14,6 +14,7 @@
 //! The proxy decides nothing about backends: which exist and which take requests is in the snapshot it reads.
 
 pub mod attempt;
+mod claim;
 pub mod client;
 mod cors;
 pub mod exchange;
@@ -23,34 +24,39 @@ pub mod makers;
 pub mod paths;
 pub mod relay;
 mod respond;
+pub mod routes;
+mod status;
+pub mod trace;
 pub mod tunnel;
 
 use std::{
     net::IpAddr,
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
 use http::{Method, Response, StatusCode};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 
 use self::{
     attempt::{Attempt, Stop},
+    claim::{Place, Queue, Wanted},
     client::{BodyWait, Client, Closing, Gone, Next, Transport},
     cors::Cors,
     exchange::{Ending, Exchange, Learner, RequestId},
-    failure::{Action, Stage, What},
+    failure::{Action, Lesson, Stage, What},
     headers::{Delivery, Persistence, ToBackend, ToClient},
-    makers::{Maker, Makers},
+    makers::Makers,
     paths::Target,
     relay::{Cut, Relay, Relayed},
     respond::{discard, json, refuse_connection, respond},
 };
 use crate::{
     admin::Admin,
-    backend::{Backend, InFlight, Refused},
-    balance,
+    affinity::{self, Affinity},
+    backend::{Backend, InFlight, Model},
+    breaker::Outcome,
     config::{Balance, Config},
     error::{Dialect, ProxyError},
     http1::{
@@ -58,9 +64,11 @@ use crate::{
         head::{HeadError, Known, Lines, RequestHead, ResponseHead, Version},
     },
     replay::{BodyFault, BodyLimits, Replay},
-    scan::{AnswerKind, ModelScanner, ScanError},
+    scan::{AnswerKind, ModelScanner, PromptSeed, ScanError},
     table::{Lookup, TableReader},
-    telemetry::metrics::Metrics,
+    tally::Trouble,
+    telemetry::metrics::{Metrics, Retry},
+    upstream::ConnectError,
 };
 
 /// How long the error event of a broken stream may take to reach its client.
@@ -74,6 +82,7 @@ pub struct Proxy {
     limits: Arc<BodyLimits>,
     admin: Admin,
     balance: Balance,
+    queue: Queue,
     retries: u32,
     first_byte_timeout: Option<Duration>,
     idle_timeout: Option<Duration>,
@@ -81,6 +90,8 @@ pub struct Proxy {
     usage_metrics: bool,
     cors: Cors,
     makers: Makers,
+    /// Who has been sent which prompts, if the policy goes by it.
+    affinity: Option<Affinity>,
     /// Admin paths are on a port of their own.
     admin_elsewhere: bool,
 }
@@ -121,15 +132,7 @@ struct Answer {
     in_flight: InFlight,
 }
 
-/// Where a request is served.
-#[derive(Debug)]
-struct Place {
-    in_flight: InFlight,
-    /// Nobody else could serve it.
-    is_the_only_one: bool,
-}
-
-/// Why there is none.
+/// Why there is no answer.
 #[derive(Debug)]
 enum NoAnswer {
     /// The client is told why.
@@ -161,6 +164,7 @@ impl Proxy {
             limits: BodyLimits::new(config.max_body_bytes, config.hold_max_bytes),
             admin,
             balance: config.balance,
+            queue: Queue::new(config),
             retries: config.retries,
             first_byte_timeout: config.first_byte_timeout,
             idle_timeout: config.idle_timeout,
@@ -168,6 +172,7 @@ impl Proxy {
             usage_metrics: config.usage_metrics,
             cors: Cors::new(&config.cors_origins),
             makers: Makers::default(),
+            affinity: (config.balance == Balance::Prefix).then(|| Affinity::new(PromptSeed::new(fastrand::u64(..)))),
             admin_elsewhere: config.admin_port.is_some(),
         }
     }
@@ -182,12 +187,15 @@ impl Proxy {
                 Next::End => return client.abort(false),
                 Next::Nonsense(error) => {
                     tracing::debug!(client = %client_ip, %error, "sent what is no request");
-                    refuse_connection(&mut client, &unreadable(error)).await;
+                    let error = unreadable(error);
+                    self.count_refused(&error);
+                    refuse_connection(&mut client, &error).await;
                     return client.close().await;
                 }
                 Next::TooSlow => {
-                    let what = "the head of the request";
-                    refuse_connection(&mut client, &ProxyError::RequestTimeout { what }).await;
+                    let error = ProxyError::RequestTimeout { what: "the head of the request" };
+                    self.count_refused(&error);
+                    refuse_connection(&mut client, &error).await;
                     return client.close().await;
                 }
             }
@@ -212,17 +220,27 @@ impl Proxy {
             keeps_alive: head.wants_keep_alive() && !self.admin.stopping.load(Ordering::Relaxed),
         };
         let is_preflight = head.method == Method::OPTIONS;
-        let no_path = |message: &str| ProxyError::NoSuchPath { message: message.to_owned() }.response(asked.dialect);
+        let no_path = |message: &str| {
+            let error = ProxyError::NoSuchPath { message: message.to_owned() };
+            self.reject(&error, asked.dialect)
+        };
         let response = match paths::classify(&head.method, head.path()) {
             Target::Forward { .. } if is_preflight && paths::model_in_query(head.query()).is_none() => {
                 self.cors.preflight(&asked)
             }
             Target::Forward { below_v1 } => return self.forward(client, &asked, below_v1.is_some()).await,
             Target::Own(page) if page.is_for_everybody() || !self.admin_elsewhere => {
-                match client.unless_gone(self.admin.show(page)).await {
-                    Ok(response) => response,
-                    Err(Gone) => return After::Abort { by_reset: false },
-                }
+                // Whoever looks at the proxy does not change what is seen: these are not counted.
+                let accept = head.lines.named("accept");
+                let response = match self.admin.watch(page, &head.method, accept) {
+                    Some(Ok(watcher)) => return status::stream(client, &asked, watcher).await,
+                    Some(Err(refused)) => Ok(refused),
+                    None => client.unless_gone(self.admin.show(page, accept)).await,
+                };
+                return match response {
+                    Ok(response) => respond(client, &asked, &response, BodyDecoder::new(head.framing)).await,
+                    Err(Gone) => After::Abort { by_reset: false },
+                };
             }
             Target::ModelList | Target::ModelObject(_) if is_preflight => self.cors.preflight(&asked),
             Target::ModelList => self.list_models(&asked),
@@ -235,12 +253,32 @@ impl Proxy {
                 no_path("no such path here; the API is under /v1, GET /v1/models lists its models")
             }
         };
+        let mut exchange = Exchange::new(head, &id, client_ip, &self.metrics, self.access_log);
+        exchange.status = response.status().as_u16();
+        exchange.end(Ending::Complete);
         respond(client, &asked, &response, BodyDecoder::new(head.framing)).await
+    }
+
+    /// Where connections are counted.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// The answer to a request that is not served.
+    fn reject(&self, error: &ProxyError, dialect: Dialect) -> Response<Bytes> {
+        self.metrics.rejected.increment(error.code());
+        error.response(dialect)
+    }
+
+    /// Counts what was refused before it was a request.
+    fn count_refused(&self, error: &ProxyError) {
+        self.metrics.rejected.increment(error.code());
+        self.metrics.unknown.requests.increment(error.status().as_u16());
     }
 
     fn list_models(&self, asked: &Asked<'_>) -> Response<Bytes> {
         if !matches!(asked.head.method, Method::GET | Method::HEAD) {
-            return ProxyError::MethodNotAllowed { allow: "GET, HEAD" }.response(asked.dialect);
+            return self.reject(&ProxyError::MethodNotAllowed { allow: "GET, HEAD" }, asked.dialect);
         }
         let table = self.table.snapshot();
         json(match asked.dialect {
@@ -253,7 +291,7 @@ impl Proxy {
         match (self.table.snapshot().object(id), dialect) {
             (Some(object), Dialect::OpenAi) => json(Bytes::copy_from_slice(object.json.get().as_bytes())),
             (Some(object), Dialect::Anthropic) => json(Bytes::from(object.to_anthropic().to_string())),
-            (None, dialect) => ProxyError::ModelNotFound { model: bounded(id) }.response(dialect),
+            (None, dialect) => self.reject(&ProxyError::ModelNotFound { model: bounded(id) }, dialect),
         }
     }
 
@@ -264,11 +302,12 @@ impl Proxy {
         match self.ask(client, asked, below_v1, &mut replay, &mut exchange).await {
             Ok(answer) => self.relay(client, asked, answer, replay, exchange).await,
             Err(NoAnswer::Gone) => {
+                exchange.is_uploading = !replay.is_over();
                 exchange.end(Ending::ClientGone);
                 After::Abort { by_reset: false }
             }
             Err(NoAnswer::Error(error)) => {
-                let response = error.response(asked.dialect);
+                let response = self.reject(&error, asked.dialect);
                 exchange.status = response.status().as_u16();
                 exchange.end(Ending::Complete);
                 respond(client, asked, &response, replay.into_rest()).await
@@ -294,10 +333,10 @@ impl Proxy {
         // A body may do without the model that the query names; but it has the last word, so it is held until it is clear
         // that it says nothing else.
         replay.look_for(self.scanner(head, in_query.is_some())?, may_name_none || in_query.is_some());
-        self.read_model(client, head, replay).await?;
+        self.read_model(client, head, replay, exchange).await?;
         let place = match replay.model().or(in_query.as_deref()) {
-            Some(model) => self.choose(model, &[], replay.continues(), exchange)?,
-            None if may_name_none => self.choose_unnamed(head.path(), exchange)?,
+            Some(model) => self.choose(client, model, replay, exchange).await?,
+            None if may_name_none => self.choose_unnamed(client, head.path(), exchange).await?,
             None => return Err(self.body_error(BodyFault::Scan(ScanError::ModelMissing)).into()),
         };
         self.send(client, asked, below_v1, replay, exchange, place).await
@@ -322,18 +361,24 @@ impl Proxy {
         // Lines are one list.
         let coding = head.lines.all(Known::ContentEncoding).collect::<Vec<_>>().join(&b", "[..]);
         match ModelScanner::for_body(kind, Some(&coding)) {
-            Ok(scanner) => Ok(Some(scanner)),
+            Ok(mut scanner) => {
+                if let Some(affinity) = self.affinity.as_ref().filter(|_| paths::continues_prompt(head.path())) {
+                    scanner.mark_prompt(affinity.seed());
+                }
+                Ok(Some(scanner))
+            }
             Err(ScanError::UnsupportedCoding { .. }) if is_known => Ok(None),
             Err(error) => Err(self.body_error(error.into())),
         }
     }
 
-    /// Reads the body as far as it takes to know the model.
+    /// Reads the body as far as it takes to know the model, and the prompt if that matters.
     async fn read_model<S: Transport>(
         &self,
         client: &mut Client<S>,
         head: &RequestHead,
         replay: &mut Replay,
+        exchange: &mut Exchange<'_>,
     ) -> Result<(), NoAnswer> {
         if head.expects_continue() && client.unread().is_empty() && !replay.is_over() {
             client.outbox().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -344,17 +389,36 @@ impl Proxy {
                 true => replay.model().is_some(),
                 false => true,
             };
-            if is_known || replay.is_over() {
+            if replay.is_over() || is_known && !self.waits_for_prompt(replay) {
                 client.expect_nothing();
-                return Ok(());
+                break;
             }
             if is_partial {
                 // Others first.
                 tokio::task::yield_now().await;
-            } else if client.more_body().await? == BodyWait::TooSlow {
-                return Err(ProxyError::RequestTimeout { what: "the body of the request" }.into());
+            } else {
+                let began = Instant::now();
+                let came = client.more_body().await?;
+                exchange.has_waited(began.elapsed());
+                if came == BodyWait::TooSlow {
+                    return Err(ProxyError::RequestTimeout { what: "the body of the request" }.into());
+                }
             }
         }
+        if self.affinity.is_some()
+            && let Some(model) = replay.model().map(str::to_owned)
+            && let Some(prompt) = replay.end_prompt(&model)
+            && let Some(session) = affinity::SESSION_HEADERS.iter().find_map(|name| head.lines.named(name))
+        {
+            prompt.set_session(session);
+        }
+        Ok(())
+    }
+
+    /// Whether the choice of a replica is better made when more of the prompt has come: there is a choice.
+    fn waits_for_prompt(&self, replay: &Replay) -> bool {
+        let is_choice = |model: &str| matches!(self.table.snapshot().lookup(model), Lookup::Ready(route) if route.members.len() > 1);
+        !replay.is_prompt_here(affinity::WAIT_BYTES_MAX) && replay.model().is_some_and(is_choice)
     }
 
     /// Sends the request, trying again while that is safe.
@@ -370,14 +434,29 @@ impl Proxy {
         let Place { mut in_flight, is_the_only_one } = place;
         let mut tried: Vec<Arc<Backend>> = Vec::new();
         let mut fresh_only = false;
+        // An answer that says "busy", kept while somebody else is asked.
+        let mut busy: Option<Answer> = None;
         let upgrades = asked.head.method == Method::GET && asked.head.asks_for_websocket();
         loop {
-            exchange.attempts += 1;
+            let now = Instant::now();
+            exchange.sent(now);
             let backend = in_flight.backend();
-            let idle = if fresh_only { None } else { backend.upstream.lease_idle(Instant::now()) };
+            exchange.trace.attempt_begins(asked.head, backend, in_flight.model());
+            let idle = if fresh_only { None } else { backend.upstream.lease_idle(now) };
             let leased = match idle {
-                Some(lease) => Ok(lease),
-                None => client.unless_gone(backend.upstream.lease_fresh()).await?,
+                Some(lease) => {
+                    self.metrics.upstream_reused.increment();
+                    Ok(lease)
+                }
+                None => {
+                    let began = Instant::now();
+                    let leased = client.unless_gone(backend.upstream.lease_fresh()).await?;
+                    exchange.has_waited(began.elapsed());
+                    if leased.is_ok() {
+                        self.metrics.upstream_opened.increment();
+                    }
+                    leased
+                }
             };
             let (what, stage) = match leased {
                 Err(error) => (What::Connect(error), Stage::Unanswered { reused: false }),
@@ -388,15 +467,41 @@ impl Proxy {
                         authority: &backend.authority,
                         client_ip: asked.client_ip,
                         request_id: asked.id.as_bytes(),
+                        trace: exchange.trace.headers(),
                         upgrades,
                     };
                     headers::push_request(&mut sent, asked.head, &to);
                     let mut attempt = Attempt::new(lease, sent);
-                    let limit = self.head_limit();
-                    let mut timer = limit.map(|(limit, _)| Box::pin(sleep(limit)));
-                    let timer = timer.as_mut().map(|timer| timer.as_mut());
-                    match attempt.answer(client, replay, asked.head, upgrades, timer).await {
-                        Ok(head) => return Ok(Answer { head, attempt, in_flight }),
+                    let limit = self.head_limit().map(|(limit, _)| limit);
+                    match attempt.answer(client, replay, asked.head, upgrades, limit).await {
+                        Ok(head) => {
+                            let outcome =
+                                failure::outcome(head.status, head.lines.first(Known::RetryAfter), SystemTime::now);
+                            let now = Instant::now();
+                            match outcome {
+                                Outcome::Failure => in_flight.failed(Trouble::Status(head.status.as_u16()), now),
+                                _ => in_flight.answered(outcome, now),
+                            }
+                            exchange.answered(attempt.written_at, now);
+                            let mut answer = Answer { head, attempt, in_flight };
+                            let is_busy = matches!(outcome, Outcome::PushBack { .. });
+                            if !is_busy || is_the_only_one || !replay.can_replay() {
+                                return Ok(answer);
+                            }
+                            // Whoever has a place now is asked; the answer is still good if nobody does any better.
+                            tried.push(answer.in_flight.backend().clone());
+                            let Some(elsewhere) = self.retry_at_once(&answer, &tried, replay, exchange) else {
+                                return Ok(answer);
+                            };
+                            self.metrics.retried(Retry::Busy);
+                            exchange.trace.attempt_pushed_back(answer.head.status.as_u16());
+                            // It has done all it will do, and somebody else may have the place.
+                            answer.in_flight.leave();
+                            busy = Some(answer);
+                            in_flight = elsewhere;
+                            fresh_only = false;
+                            continue;
+                        }
                         Err(Stop::Gone) => return Err(NoAnswer::Gone),
                         Err(Stop::Fault(fault)) => return Err(self.body_error(fault).into()),
                         Err(Stop::TooSlow) => {
@@ -410,87 +515,99 @@ impl Proxy {
                 request_id = exchange.request_id(), container = %backend.spec.name, ?what, ?stage,
                 attempt = exchange.attempts, "attempt failed"
             );
+            exchange.trace.attempt_failed(what.name());
             let give_up = self.failure(what, backend, exchange.attempts);
-            match failure::judge(what, stage, replay.can_replay()).0 {
-                Action::SendAgain => fresh_only = true,
+            let (action, lesson) = failure::judge(what, stage, replay.can_replay());
+            if lesson == Lesson::Failure
+                && let Some(trouble) = failure::trouble(what)
+            {
+                in_flight.failed(trouble, Instant::now());
+            }
+            if matches!(what, What::Connect(ConnectError::Refused | ConnectError::Unreachable)) {
+                self.table.report_suspect(in_flight.backend());
+            }
+            match action {
+                Action::SendAgain => {
+                    self.metrics.retried(Retry::StaleConnection);
+                    fresh_only = true;
+                }
                 Action::Elsewhere => {
-                    tried.push(backend.clone());
-                    let retries = u32::try_from(tried.len()).unwrap_or(u32::MAX);
-                    if retries > self.retries || is_the_only_one {
-                        return Err(give_up.into());
+                    tried.push(in_flight.backend().clone());
+                    match self.retry(client, in_flight, is_the_only_one, &tried, replay, exchange).await {
+                        Ok(elsewhere) => {
+                            self.metrics.retried(if matches!(what, What::Connect(_)) {
+                                Retry::Connect
+                            } else {
+                                Retry::Ended
+                            });
+                            in_flight = elsewhere;
+                            fresh_only = false;
+                        }
+                        Err(NoAnswer::Gone) => return Err(NoAnswer::Gone),
+                        Err(NoAnswer::Error(_)) => return self.give_up(busy, give_up, exchange),
                     }
-                    let model = in_flight.model().clone();
-                    drop(in_flight);
-                    in_flight = self.choose(&model.id, &tried, None, exchange).map_err(|_| give_up)?.in_flight;
-                    fresh_only = false;
                 }
                 Action::BadGateway | Action::GatewayTimeout | Action::Refuse | Action::Cut | Action::Abandon => {
-                    return Err(give_up.into());
+                    return self.give_up(busy, give_up, exchange);
                 }
             }
         }
     }
 
-    /// Claims a place on a member of the model's pool: on the one that made the answer that is continued, if it still
-    /// serves the model, else on the best.
-    fn choose(
+    /// Another attempt of a request that got no answer, elsewhere, if there is anybody else and the limits allow it.
+    async fn retry<S: Transport>(
         &self,
-        model: &str,
+        client: &mut Client<S>,
+        failed: InFlight,
+        is_the_only_one: bool,
         tried: &[Arc<Backend>],
-        continues: Option<&str>,
+        replay: &Replay,
         exchange: &mut Exchange<'_>,
-    ) -> Result<Place, ProxyError> {
-        if let Some(Maker::Here(member)) = continues.map(|id| self.makers.of(id))
-            && *member.model.id == *model
-            && let Ok(in_flight) = member.try_acquire()
-        {
-            return Ok(self.claimed(in_flight, false, exchange));
+    ) -> Result<InFlight, NoAnswer> {
+        let model = failed.model().clone();
+        // Whoever waits for this place may have it.
+        drop(failed);
+        if is_the_only_one || !self.may_retry(&model, tried) {
+            return Err(NoAnswer::Error(ProxyError::NoBackend));
         }
-        let table = self.table.snapshot();
-        let route = match table.lookup(model) {
-            Lookup::Ready(route) => route,
-            Lookup::NoneReady(route) => {
-                exchange.model = Some(route.model.clone());
-                return Err(ProxyError::ModelUnavailable { model: bounded(model), why: route.why_not_ready });
-            }
-            Lookup::Unknown => {
-                self.table.report_miss();
-                return Err(ProxyError::ModelNotFound { model: bounded(model) });
-            }
-        };
-        exchange.model = Some(route.model.clone());
-        let chosen = RNG.with_borrow_mut(|rng| balance::choose(&route.members, tried, self.balance, rng));
-        let in_flight = chosen.map_err(|refused| refusal(refused, model))?;
-        Ok(self.claimed(in_flight, false, exchange))
+        let wanted = Wanted::any_of(&model.id, tried, replay, exchange);
+        let elsewhere = self.claim(client, &wanted, exchange).await?;
+        // Last, so that nothing is taken out for an attempt that is not made.
+        if model.retries.take_out() { Ok(elsewhere) } else { Err(NoAnswer::Error(ProxyError::NoBackend)) }
     }
 
-    /// Claims a place for a request that names no model: on the backend that made the answer it is about, else on the
-    /// only one there is.
-    fn choose_unnamed(&self, path: &str, exchange: &mut Exchange<'_>) -> Result<Place, ProxyError> {
-        let id = paths::answer_id(path);
-        let member = match id.as_deref().map(|id| (self.makers.of(id), id)) {
-            Some((Maker::Here(member), _)) => member,
-            Some((Maker::Gone, id)) => return Err(ProxyError::AnswerGone { id: bounded(id) }),
-            Some((Maker::Unknown, _)) | None => {
-                let table = self.table.snapshot();
-                match table.only_backend() {
-                    Some(only) => only.clone(),
-                    None if table.routes().iter().all(|route| route.members.is_empty()) => {
-                        return Err(ProxyError::NoBackend);
-                    }
-                    None => return Err(nobody_meant(id.as_deref())),
-                }
-            }
-        };
-        exchange.model = Some(member.model.clone());
-        let in_flight = member.try_acquire().map_err(|refused| refusal(refused, &member.model.id))?;
-        Ok(self.claimed(in_flight, true, exchange))
+    /// Another attempt of a request that was answered with "busy", by somebody who can take it at once.
+    fn retry_at_once(
+        &self,
+        busy: &Answer,
+        tried: &[Arc<Backend>],
+        replay: &Replay,
+        exchange: &mut Exchange<'_>,
+    ) -> Option<InFlight> {
+        let model = busy.in_flight.model();
+        if !self.may_retry(model, tried) {
+            return None;
+        }
+        let wanted = Wanted::any_of(&model.id, tried, replay, exchange);
+        let elsewhere = self.claim_at_once(&wanted, exchange)?;
+        model.retries.take_out().then_some(elsewhere)
     }
 
-    fn claimed(&self, in_flight: InFlight, is_the_only_one: bool, exchange: &mut Exchange<'_>) -> Place {
-        exchange.model = Some(in_flight.model().clone());
-        exchange.backend = Some(in_flight.backend().clone());
-        Place { in_flight, is_the_only_one }
+    /// Both the request and its pool have an attempt left.
+    fn may_retry(&self, model: &Model, tried: &[Arc<Backend>]) -> bool {
+        tried.len() <= self.retries as usize && !model.retries.is_used_up()
+    }
+
+    /// What the client gets when nothing more can be tried: "busy", if somebody has answered that, else the error.
+    fn give_up(
+        &self,
+        busy: Option<Answer>,
+        error: ProxyError,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Answer, NoAnswer> {
+        let busy = busy.ok_or(error)?;
+        exchange.served_by(&busy.in_flight);
+        Ok(busy)
     }
 
     /// The shorter of the limits that run until the head of an answer.
@@ -523,9 +640,10 @@ impl Proxy {
         mut replay: Replay,
         mut exchange: Exchange<'r>,
     ) -> After {
-        let Answer { head, mut attempt, in_flight } = answer;
+        let Answer { head, mut attempt, mut in_flight } = answer;
         attempt.forget_sent(&mut replay);
         exchange.status = head.status.as_u16();
+        exchange.trace.answered(exchange.status, head.is_event_stream());
         let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
         let has_body = asked.head.method != Method::HEAD
             && !matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
@@ -558,12 +676,17 @@ impl Proxy {
                 exchange.listen_to(kind, learner);
             }
         }
+        if !(head.status.is_success() && has_body) {
+            in_flight.says_nothing_of_pace();
+        }
+        exchange.now_served(in_flight);
         drop(head);
         let mut relay = Relay::new(framing, delivery, self.idle_timeout);
         let relayed = match upgraded {
             true => tunnel::run(client, &mut attempt, &mut exchange).await,
             false => relay.run(client, &mut attempt, &mut replay, &mut exchange).await,
         };
+        exchange.request_bytes = Some(replay.seen_bytes());
         match relayed {
             Relayed::Complete => {
                 // The connection first: whoever sees the place free may want it.
@@ -572,7 +695,7 @@ impl Proxy {
                 } else {
                     drop(attempt);
                 }
-                drop(in_flight);
+                exchange.no_longer_served();
                 exchange.end(Ending::Complete);
                 match connection {
                     Persistence::Upgrade => After::Abort { by_reset: false },
@@ -581,20 +704,27 @@ impl Proxy {
                 }
             }
             Relayed::Gone => {
-                drop((attempt, in_flight));
+                drop(attempt);
+                exchange.no_longer_served();
                 exchange.end(Ending::ClientGone);
                 After::Abort { by_reset: false }
             }
             Relayed::Cut(why) => {
                 let event = (can_add_events && why != Cut::Request).then(|| {
-                    let error = ProxyError::BrokenOff { backend: backend.spec.name.clone() };
+                    let error = ProxyError::BrokenOff { backend: exchange.container().unwrap_or_default().to_owned() };
                     error.stream_event(asked.dialect, asked.head.path())
                 });
                 tracing::warn!(
-                    container = %backend.spec.name, model = %in_flight.model().id, request_id = exchange.request_id(), %why,
+                    container = exchange.container(), model = exchange.model_id(), request_id = exchange.request_id(), %why,
                     "answer cut"
                 );
-                drop((attempt, in_flight));
+                self.metrics.cuts.increment(why.as_str());
+                drop(attempt);
+                if let Some(mut in_flight) = exchange.no_longer_served()
+                    && matches!(why, Cut::Ended | Cut::Framing(_) | Cut::Silent(_))
+                {
+                    in_flight.failed(Trouble::BrokeOff, Instant::now());
+                }
                 exchange.end(if why == Cut::Request { Ending::ClientBroke } else { Ending::BackendBroke });
                 if let Some(event) = event {
                     match delivery {
@@ -629,13 +759,12 @@ impl Proxy {
                 limit_bytes: self.limits.hold_max_bytes as u64,
                 knob: "PROXY_HOLD_MAX; put `model` first in the body",
             },
-            BodyFault::HoldFull => ProxyError::Overloaded { what: "too many request bodies are being held".to_owned() },
+            BodyFault::HoldFull => {
+                let what = "too many request bodies are being held".to_owned();
+                ProxyError::Overloaded { what, retry_after: None }
+            }
         }
     }
-}
-
-thread_local! {
-    static RNG: std::cell::RefCell<fastrand::Rng> = std::cell::RefCell::new(fastrand::Rng::new());
 }
 
 // === impl Asked ===
@@ -661,24 +790,6 @@ fn unreadable(error: HeadError) -> ProxyError {
             ProxyError::BadRequest { code: "invalid_request", message }
         }
     }
-}
-
-fn refusal(refused: Refused, model: &str) -> ProxyError {
-    match refused {
-        Refused::Full => ProxyError::Overloaded { what: format!("every backend of `{}` is full", bounded(model)) },
-        Refused::Closed => ProxyError::ModelUnavailable { model: bounded(model), why: "it is stopping" },
-    }
-}
-
-/// The error for a request that could be for any of several backends.
-fn nobody_meant(id: Option<&str>) -> ProxyError {
-    let what = match id {
-        Some(id) => format!("no answer `{}` has been made through this proxy", bounded(id)),
-        None => "the request names no model".to_owned(),
-    };
-    let message =
-        format!("{what}, and several backends are live: name one's model in the body, or in the query as `?model=`");
-    ProxyError::BadRequest { code: "model_required", message }
 }
 
 /// In whose shape this client reads errors.

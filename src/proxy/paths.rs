@@ -130,6 +130,13 @@ pub fn may_name_no_model(method: &Method, path: &str) -> bool {
         || MODEL_OPTIONAL.binary_search(&path).is_ok()
 }
 
+/// Whether engines write on from a prompt here, and may have computed its beginning before.
+pub fn continues_prompt(path: &str) -> bool {
+    const ENDS: [&str; 8] =
+        ["/completions", "/messages", "/responses", "/completion", "/infill", "/generate", "/invocations", "/api/chat"];
+    ENDS.iter().any(|end| path.ends_with(end))
+}
+
 /// The id of the answer that a path is about, decoded: `/v1/responses/{id}` and what is below it.
 pub fn answer_id(path: &str) -> Option<Cow<'_, str>> {
     let rest = path.strip_prefix("/v1/responses/")?;
@@ -217,6 +224,20 @@ pub fn model_in_query(query: Option<&str>) -> Option<String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_continues_a_prompt() {
+        for path in
+            ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/completion", "/api/chat"]
+        {
+            assert!(continues_prompt(path), "{path}");
+        }
+        for path in
+            ["/v1/embeddings", "/v1/messages/count_tokens", "/rerank", "/v1/audio/transcriptions", "/v1/responses/x"]
+        {
+            assert!(!continues_prompt(path), "{path}");
+        }
+    }
 
     fn post(path: &str) -> Target<'_> {
         classify(&Method::POST, path)

@@ -25,6 +25,9 @@ use crate::{
 pub trait Watch {
     /// A stretch of payload, on its way.
     fn payload(&mut self, payload: &[u8]);
+
+    /// What has come so far has been passed on, all of it or what the client takes at the moment.
+    fn passed(&mut self, _is_all: bool) {}
 }
 
 /// An answer's body on its way.
@@ -77,6 +80,19 @@ pub enum Relayed {
     Gone,
 }
 
+impl Cut {
+    /// As a label's value: one of [`crate::telemetry::metrics::CUT_REASONS`].
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Cut::Ended => "ended",
+            Cut::Stopped => "stopped",
+            Cut::Framing(_) => "framing",
+            Cut::Silent(_) => "silent",
+            Cut::Request => "request",
+        }
+    }
+}
+
 impl Relay {
     /// A relay for a body with this framing, for a client that is told of it by `delivery`.
     pub fn new(framing: Framing, delivery: Delivery, idle_timeout: Option<Duration>) -> Relay {
@@ -124,7 +140,9 @@ impl Relay {
                     return Poll::Ready(ended);
                 }
             }
-            match client.poll_flush(cx) {
+            let flushed = client.poll_flush(cx);
+            watch.passed(flushed.is_ready());
+            match flushed {
                 Poll::Ready(Ok(())) if self.decoder.is_done() => return Poll::Ready(Relayed::Complete),
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(Gone)) => return Poll::Ready(Relayed::Gone),

@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     backend::Refused,
     discovery::{
-        Discovery as _, Incarnation,
+        Incarnation,
         fixed::{self, EndpointBuilder, FixedHandle},
     },
     fetch::FetchError,
@@ -86,7 +86,7 @@ impl Bench {
         let addr = self.registry.entries[id].endpoint.reach.as_ref().unwrap().targets[0];
         let models: Vec<_> = models.iter().map(|id| Arc::new(object(id))).collect();
         let outcome = if models.is_empty() { Err(refused()) } else { Ok(Listing { addr, models }) };
-        self.registry.on_answer(Answer { id: id.into(), incarnation, serial, outcome });
+        self.registry.on_answer(Answer { id: id.into(), incarnation, serial, outcome, took: Duration::ZERO });
         self.settle();
     }
 
@@ -194,6 +194,137 @@ async fn answers_about_what_has_been_change_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_model_is_worth_waiting_for_while_a_container_starts_that_may_have_it() {
+    let mut bench = bench(|config| config.model_grace = Duration::from_secs(60));
+    bench.change(upsert(container("a")));
+    bench.answer("a", &["m"]);
+    bench.change(upsert(container("b")));
+    bench.answer("b", &["n"]);
+    let is_coming = |bench: &Bench| match bench.reader.snapshot().lookup("m") {
+        Lookup::NoneReady(route) => route.is_coming,
+        other => panic!("m must be known and not ready, not {other:?}"),
+    };
+    bench.change(upsert(container("a").health(Health::Unhealthy)));
+    assert!(!is_coming(&bench), "who is unhealthy is not starting");
+    bench.change(upsert(container("a").health(Health::Healthy)));
+    assert!(is_coming(&bench), "it is being probed, and had it before");
+    bench.change(Change::Stopping("a".into()));
+    assert!(!is_coming(&bench));
+    bench.change(Change::Ended("a".into()));
+    assert!(!is_coming(&bench));
+    // Its models are known only when it has told them: perhaps those of whom it replaces.
+    bench.change(upsert(container("other").health(Health::Starting)));
+    assert!(!is_coming(&bench), "it has nothing to do with it");
+    bench.change(upsert(container("new").role("a").health(Health::Starting)));
+    assert!(is_coming(&bench));
+    bench.change(upsert(container("new").role("a").health(Health::Healthy)));
+    assert!(is_coming(&bench));
+    bench.answer("new", &["n"]);
+    assert!(!is_coming(&bench), "not this one");
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_waits_is_called_when_a_table_is_published() {
+    let mut bench = bench(|config| config.model_grace = Duration::from_secs(60));
+    bench.change(upsert(container("a")));
+    bench.answer("a", &["m"]);
+    let model = bench.member("m").model.clone();
+    let ticket = model.waiting.join(1, crate::waiting::Whom::Anybody).unwrap();
+    let is_called = || ticket.called().now_or_never().is_some();
+    assert!(!is_called());
+    bench.change(Change::Ended("a".into()));
+    assert!(is_called(), "there is nobody to wait for any more");
+    bench.pass(Duration::from_secs(61)).await;
+    assert_eq!(bench.table(), [""; 0]);
+    assert!(is_called(), "its model has been forgotten");
+}
+
+/// Whoever finds nobody ready, joins the line and finds nobody still, may sleep: the table that came meanwhile has called.
+#[tokio::test(start_paused = true)]
+async fn whoever_begins_to_wait_while_a_table_is_made_is_called() {
+    use std::{sync::atomic::AtomicUsize, time::Instant};
+    const ROUNDS: usize = 500;
+    const TOO_LONG: Duration = Duration::from_secs(5);
+    let mut bench = bench(|_| {});
+    // So that the making of a table takes its time.
+    let others: Vec<String> = (0..200).map(|n| format!("other-{n}")).collect();
+    bench.change(upsert(container("b")));
+    bench.answer("b", &others.iter().map(String::as_str).collect::<Vec<_>>());
+    bench.change(upsert(container("a")));
+    let since = Instant::now();
+    bench.answer("a", &["m"]);
+    let usual = since.elapsed();
+    let model = bench.member("m").model.clone();
+    let (reader, round, served) = (bench.reader.clone(), AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for now in 1..=ROUNDS {
+                while round.load(Ordering::SeqCst) < now {
+                    std::hint::spin_loop();
+                }
+                if round.load(Ordering::SeqCst) == usize::MAX {
+                    return;
+                }
+                // At another moment of the making each time.
+                let since = Instant::now();
+                while since.elapsed() < usual * (now % 50) as u32 / 50 {
+                    std::hint::spin_loop();
+                }
+                let ticket = model.waiting.join(9, crate::waiting::Whom::Anybody).unwrap();
+                if !matches!(reader.snapshot().lookup("m"), Lookup::Ready(_)) {
+                    while ticket.called().now_or_never().is_none() && since.elapsed() < TOO_LONG {
+                        std::thread::yield_now();
+                    }
+                }
+                served.fetch_add(usize::from(since.elapsed() < TOO_LONG), Ordering::SeqCst);
+                drop(ticket);
+                round.store(0, Ordering::SeqCst);
+            }
+        });
+        let mut lost = 0;
+        for now in 1..=ROUNDS {
+            bench.change(Change::Suspended("a".into()));
+            bench.change(upsert(container("a")));
+            round.store(now, Ordering::SeqCst);
+            bench.answer("a", &["m"]);
+            while round.load(Ordering::SeqCst) != 0 {
+                std::thread::yield_now();
+            }
+            lost = now - served.load(Ordering::SeqCst);
+            if lost > 0 {
+                break;
+            }
+        }
+        // The other thread ends by itself.
+        round.store(usize::MAX, Ordering::SeqCst);
+        assert_eq!(lost, 0, "a call was lost");
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_refuses_connections_is_looked_at_and_probed_once_a_second() {
+    let mut bench = bench(|_| {});
+    let (looks, mut looked) = mpsc::channel(8);
+    bench.registry.looks = Some(looks);
+    for id in ["a", "b"] {
+        bench.change(upsert(container(id)));
+        bench.answer(id, &[id]);
+    }
+    let backend = bench.member("a").backend.clone();
+    let mut suspect = async |bench: &mut Bench| {
+        bench.reader.report_suspect(&backend);
+        bench.registry.publisher.suspected().await;
+        bench.registry.on_suspects();
+        std::iter::from_fn(|| looked.try_recv().ok()).map(|id| id.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(suspect(&mut bench).await, ["a"]);
+    advance(LOOK_AGAIN / 2).await;
+    assert_eq!(suspect(&mut bench).await, [""; 0], "it has just been looked at");
+    advance(LOOK_AGAIN).await;
+    assert_eq!(suspect(&mut bench).await, ["a"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn models_of_a_container_come_change_and_go_together() {
     let mut bench = bench(|config| config.model_grace = Duration::from_secs(60));
     bench.change(upsert(container("a")));
@@ -208,7 +339,7 @@ async fn models_of_a_container_come_change_and_go_together() {
     assert_eq!(bench.reader.snapshot().generation, generation, "nothing new, no new table");
 
     bench.change(Change::Stopping("a".into()));
-    assert_eq!(y.try_acquire().unwrap_err(), Refused::Closed, "whatever snapshot a request holds");
+    assert_eq!(y.try_acquire(Instant::now()).unwrap_err(), Refused::Closed, "whatever snapshot a request holds");
     assert_eq!(bench.table(), ["w: -", "x: -", "y: -", "z: -"]);
     assert_eq!(bench.reader.snapshot().openai_list(), r#"{"object":"list","data":[]}"#);
 
@@ -248,7 +379,7 @@ async fn requests_survive_what_their_backend_survives() {
     bench.change(upsert(healthy()));
     bench.answer("a", &["m"]);
     let member = bench.member("m");
-    let request = member.try_acquire().unwrap();
+    let request = member.try_acquire(Instant::now()).unwrap();
 
     // Discovery begins again: nothing that is still there is touched.
     bench.registry.on_change(Err(DiscoveryError { what: "the engine is away".to_owned(), advice: "wait".to_owned() }));
@@ -263,13 +394,13 @@ async fn requests_survive_what_their_backend_survives() {
 
     // Unhealthy and healthy again: the same backend with the same requests, also long after the deadline.
     bench.change(upsert(unhealthy.clone()));
-    assert_eq!(member.try_acquire().unwrap_err(), Refused::Closed);
+    assert_eq!(member.try_acquire(Instant::now()).unwrap_err(), Refused::Closed);
     assert_eq!(bench.why_not_ready("m"), "it is unhealthy");
     bench.pass(Duration::from_secs(29)).await;
     bench.change(upsert(healthy()));
     bench.answer("a", &["m"]);
     bench.pass(Duration::from_secs(3_600)).await;
-    assert!(Arc::ptr_eq(&member, &bench.member("m")) && member.try_acquire().is_ok());
+    assert!(Arc::ptr_eq(&member, &bench.member("m")) && member.try_acquire(Instant::now()).is_ok());
 
     // Unhealthy for too long: cut, and what comes back later is another backend.
     bench.change(upsert(unhealthy));
@@ -336,6 +467,74 @@ async fn without_a_health_check_nothing_is_routed_where_one_is_required() {
     assert_eq!(bench.table(), ["m: b"]);
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_status_explains_every_container_and_tells_what_has_happened() {
+    let mut bench = bench(|config| config.require_healthcheck = true);
+    bench.change(Change::Reset(vec![
+        container("bare").into(),
+        container("live").health(Health::Healthy).label("inference.max_inflight", "4").into(),
+        container("sick").health(Health::Unhealthy).label("inference.prot", "1").into(),
+        container("slow").health(Health::Healthy).into(),
+    ]));
+    bench.answer("live", &["m", "n"]);
+    bench.answer("slow", &[]);
+    let status = bench.registry.status();
+    let explained: Vec<(&str, &str, bool, bool)> = status
+        .containers
+        .iter()
+        .map(|c| (c.name.as_str(), c.state.as_str(), c.reason.is_some(), c.advice.is_some()))
+        .collect();
+    let expected = [
+        ("bare", "discovered", true, true),
+        ("live", "ready", false, false),
+        ("sick", "discovered", true, true),
+        ("slow", "probing", true, true),
+    ];
+    assert_eq!(explained, expected);
+    for container in &status.containers {
+        let (reason, advice) = (container.reason.as_deref(), container.advice.as_deref());
+        assert!(!reason.is_some_and(|reason| reason.contains("; ")), "{reason:?} holds advice");
+        assert!(advice.is_none_or(|advice| !advice.ends_with('.')), "{advice:?}");
+    }
+    assert!(status.containers[2].problems[0].contains("inference.port"), "{:?}", status.containers[2].problems);
+    assert!(status.containers[3].last_error.as_ref().unwrap().text.contains("nobody listens"));
+    let live = &status.containers[1];
+    assert_eq!((live.max_inflight, live.weight, live.breaker.as_deref()), (Some(4), 1.0, Some("closed")));
+    let models: Vec<(&str, bool, &[String])> =
+        status.models.iter().map(|model| (model.id.as_str(), model.ready, &*model.replicas)).collect();
+    assert_eq!(models, [("m", true, &["live".to_owned()][..]), ("n", true, &["live".to_owned()])]);
+
+    // Requests fail until the breaker opens; then the container ends.
+    let member = bench.member("m");
+    for _ in 0..5 {
+        let mut attempt = member.try_acquire(Instant::now()).unwrap();
+        attempt.failed(crate::tally::Trouble::Status(500), Instant::now());
+    }
+    let resting = bench.registry.status().containers.remove(1);
+    assert_eq!((resting.state.as_str(), resting.breaker.as_deref()), ("ready", Some("open")));
+    assert!(resting.reason.is_some_and(|reason| reason.contains("circuit breaker")));
+    assert_eq!((resting.failed, resting.last_error.unwrap().text.as_str()), (5, "it answered 500"));
+    bench.change(Change::Ended("live".into()));
+    let status = bench.registry.status();
+    assert_eq!(status.containers.len(), 3, "what has ended is no container any more");
+    assert!(status.models.iter().all(|model| !model.ready && model.reason.is_some()));
+    let kinds: Vec<(&str, &str)> =
+        status.events.iter().map(|e| (e.container.as_deref().unwrap_or("-"), e.kind.as_str())).collect();
+    let expected = [
+        ("bare", "not_routed"),
+        ("live", "probing"),
+        ("sick", "label"),
+        ("sick", "not_routed"),
+        ("slow", "probing"),
+        ("-", "discovery_sees"),
+        ("live", "ready"),
+        ("slow", "probe_failed"),
+        ("live", "breaker_open"),
+        ("live", "gone"),
+    ];
+    assert_eq!(kinds, expected);
+}
+
 // === as it runs ===
 
 /// A registry at work, fed by hand.
@@ -349,7 +548,7 @@ fn live(configure: impl FnOnce(&mut Config)) -> Live {
     let Bench { registry, reader, .. } = bench(configure);
     let (discovery, fixed) = fixed::channel();
     let (asks, asked) = mpsc::channel(1);
-    tokio::spawn(registry.run(Box::new(discovery).changes(), asked));
+    tokio::spawn(registry.run(Box::new(discovery), asked));
     Live { fixed, reader, asks }
 }
 

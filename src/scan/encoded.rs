@@ -55,6 +55,10 @@ impl GzipScanner {
         &self.0.get_ref().format
     }
 
+    pub(super) fn format_mut(&mut self) -> &mut Format {
+        &mut self.0.get_mut().format
+    }
+
     /// Why decoding failed: because of what came out, or because of what went in.
     fn fault(&self) -> ScanError {
         self.0.get_ref().failure.clone().unwrap_or(ScanError::InvalidGzip)

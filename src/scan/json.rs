@@ -16,7 +16,10 @@
 
 use memchr::memchr2;
 
-use super::{KEY, ModelValue, ScanError};
+use super::{
+    KEY, ModelValue, ScanError,
+    prompt::{Prompt, PromptSeed, PromptTap},
+};
 
 /// How deep arrays and objects may nest. Python gives up near 1000, `serde_json` at 128.
 const DEPTH_LIMIT: usize = 512;
@@ -40,6 +43,8 @@ pub(super) struct JsonScanner {
     noted: Vec<u8>,
     /// Its key has just been read.
     notes_value: bool,
+    /// Marks the prompt, if that is wanted.
+    prompt: Option<Box<PromptTap>>,
 }
 
 /// A key of the body's own object whose value says who should get the request, where that matters and can be: the answer
@@ -110,41 +115,117 @@ struct Brackets {
 impl JsonScanner {
     pub(super) fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
         self.seen += chunk.len() as u64;
-        // Everything below takes the rest of the chunk and returns what it leaves of it.
+        if let Some(mut prompt) = self.prompt.take() {
+            let fed = self.feed_marking(&mut prompt, chunk);
+            self.prompt = Some(prompt);
+            return fed;
+        }
         let mut rest = chunk;
         while let [byte, after @ ..] = rest {
-            rest = match (self.state, byte) {
-                (State::Text(role), _) => self.text(role, rest)?,
-                (State::Escape(role), _) => self.escape(role, rest)?,
-                (State::Number, _) => self.number(rest),
-                (State::Minus, b'0'..=b'9') => self.number(after),
-                (State::Minus, _) => self.word(b"Infinity", rest)?,
-                (State::Word(word), _) => self.word(word, rest)?,
-
-                (_, b' ' | b'\n' | b'\r' | b'\t') => after,
-
-                (State::Key | State::KeyOrEnd, b'"') if self.open.depth == 1 => self.key(KEY, after),
-                (State::Key | State::KeyOrEnd, b'"') => self.skip(Role::OtherKey, after),
-                (State::Colon { model }, b':') => self.then(State::Value { model }, after),
-                (State::CommaOrEnd, b',') if self.open.in_object => self.then(State::Key, after),
-                (State::CommaOrEnd, b',') => self.then(State::Value { model: false }, after),
-                (State::CommaOrEnd | State::KeyOrEnd, b'}') if self.open.in_object => self.close(after),
-                (State::CommaOrEnd | State::ValueOrEnd, b']') if !self.open.in_object => self.close(after),
-                (State::Value { model: false } | State::ValueOrEnd, _) => self.value(rest)?,
-                (State::Value { model: true }, b'"') => self.model_value(None, after)?,
-                (State::Value { model: true }, _) => self.value(rest).and(Err(ScanError::ModelNotAString))?,
-
-                (State::Start, b'{') => self.value(rest)?,
-                (State::Start, 0xEF) if self.offset(rest) == 0 => self.word(BYTE_ORDER_MARK, rest)?,
-                (State::Start, _) => self.value(rest).and(Err(ScanError::NotAnObject))?,
-
-                (State::Key | State::KeyOrEnd, _) => return Err(self.invalid("expected a key", rest)),
-                (State::Colon { .. }, _) => return Err(self.invalid("expected a colon", rest)),
-                (State::CommaOrEnd, _) => return Err(self.invalid("expected a comma or the closing bracket", rest)),
-                (State::End, _) => return Err(self.invalid("expected nothing behind the object", rest)),
-            };
+            rest = self.step(*byte, rest, after)?;
         }
         Ok(())
+    }
+
+    /// As [`feed`](Self::feed), and shows `prompt` what is its: the keys of the body's own object, and the bytes of the
+    /// values that it asks for, in stretches as long as they lie together.
+    fn feed_marking(&mut self, prompt: &mut PromptTap, chunk: &[u8]) -> Result<(), ScanError> {
+        let mut rest = chunk;
+        // Where the bytes of the value begin that have not been shown.
+        let mut shown = chunk;
+        while let [byte, after @ ..] = rest {
+            let (state, depth, before) = (self.state, self.open.depth, rest);
+            rest = self.step(*byte, rest, after)?;
+            // Most steps are further in.
+            if depth > 2 && self.open.depth != 2 {
+                continue;
+            }
+            let upto = |from: &'_ [u8]| from.len() - rest.len();
+            if depth == 1 {
+                match state {
+                    State::Value { .. } if !matches!(self.state, State::Value { .. }) && prompt.begin(*byte) => {
+                        shown = before;
+                    }
+                    _ if state.is_in_key(*byte) => {
+                        prompt.key(&before[..upto(before)]);
+                        if let State::Colon { .. } = self.state {
+                            prompt.key_ended();
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            if !prompt.is_reading() {
+                continue;
+            }
+            let element_ended = depth == 3 && self.open.depth == 2 && !self.open.in_object;
+            let ended = self.open.depth == 1 && matches!(self.state, State::CommaOrEnd);
+            if element_ended || ended {
+                prompt.push(&shown[..upto(shown)]);
+                shown = rest;
+            }
+            if element_ended {
+                prompt.element_ended();
+            }
+            if ended {
+                prompt.end();
+            }
+        }
+        if prompt.is_reading() {
+            prompt.push(shown);
+        }
+        Ok(())
+    }
+
+    /// Has the prompt marked from now on, which is before the first byte.
+    pub(super) fn mark_prompt(&mut self, seed: PromptSeed) {
+        self.prompt = Some(PromptTap::new(seed));
+    }
+
+    /// The prompt for `model` as far as it has come, if it was to be marked. It is not marked any further.
+    pub(super) fn take_prompt(&mut self, model: &str) -> Option<Prompt> {
+        self.prompt.take().map(|prompt| prompt.finish(model))
+    }
+
+    pub(super) fn marks_prompt(&self) -> bool {
+        self.prompt.is_some()
+    }
+
+    /// Takes what begins with `byte`, a piece of `rest`, and returns what it leaves of it; `after` is what is behind
+    /// the byte.
+    #[inline(always)]
+    fn step<'a>(&mut self, byte: u8, rest: &'a [u8], after: &'a [u8]) -> Result<&'a [u8], ScanError> {
+        // Everything below takes the rest of the chunk and returns what it leaves of it.
+        Ok(match (self.state, byte) {
+            (State::Text(role), _) => self.text(role, rest)?,
+            (State::Escape(role), _) => self.escape(role, rest)?,
+            (State::Number, _) => self.number(rest),
+            (State::Minus, b'0'..=b'9') => self.number(after),
+            (State::Minus, _) => self.word(b"Infinity", rest)?,
+            (State::Word(word), _) => self.word(word, rest)?,
+
+            (_, b' ' | b'\n' | b'\r' | b'\t') => after,
+
+            (State::Key | State::KeyOrEnd, b'"') if self.open.depth == 1 => self.key(KEY, after),
+            (State::Key | State::KeyOrEnd, b'"') => self.skip(Role::OtherKey, after),
+            (State::Colon { model }, b':') => self.then(State::Value { model }, after),
+            (State::CommaOrEnd, b',') if self.open.in_object => self.then(State::Key, after),
+            (State::CommaOrEnd, b',') => self.then(State::Value { model: false }, after),
+            (State::CommaOrEnd | State::KeyOrEnd, b'}') if self.open.in_object => self.close(after),
+            (State::CommaOrEnd | State::ValueOrEnd, b']') if !self.open.in_object => self.close(after),
+            (State::Value { model: false } | State::ValueOrEnd, _) => self.value(rest)?,
+            (State::Value { model: true }, b'"') => self.model_value(None, after)?,
+            (State::Value { model: true }, _) => self.value(rest).and(Err(ScanError::ModelNotAString))?,
+
+            (State::Start, b'{') => self.value(rest)?,
+            (State::Start, 0xEF) if self.offset(rest) == 0 => self.word(BYTE_ORDER_MARK, rest)?,
+            (State::Start, _) => self.value(rest).and(Err(ScanError::NotAnObject))?,
+
+            (State::Key | State::KeyOrEnd, _) => return Err(self.invalid("expected a key", rest)),
+            (State::Colon { .. }, _) => return Err(self.invalid("expected a colon", rest)),
+            (State::CommaOrEnd, _) => return Err(self.invalid("expected a comma or the closing bracket", rest)),
+            (State::End, _) => return Err(self.invalid("expected nothing behind the object", rest)),
+        })
     }
 
     pub(super) fn model(&self) -> Option<&str> {
@@ -391,6 +472,21 @@ impl JsonScanner {
     /// The error for the first byte of `rest`.
     fn invalid(&self, why: &'static str, rest: &[u8]) -> ScanError {
         ScanError::InvalidJson { why, offset: self.offset(rest) }
+    }
+}
+
+// === impl State ===
+
+impl State {
+    /// What begins with `byte` is a piece of a key.
+    fn is_in_key(self, byte: u8) -> bool {
+        match self {
+            State::Key | State::KeyOrEnd => byte == b'"',
+            State::Text(role) | State::Escape(role) => {
+                matches!(role, Role::Key { .. } | Role::NotedKey { .. } | Role::OtherKey)
+            }
+            _ => false,
+        }
     }
 }
 

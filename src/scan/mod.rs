@@ -9,16 +9,19 @@
 //!
 //! This module knows nothing of HTTP, tables or backends: bytes go in, a name or a reason comes out. `json` holds
 //! the grammar of JSON (RFC 8259) as far as it can move a key, `multipart` that of forms (RFC 7578), `encoded` unpacks
-//! what is compressed. `usage` is for the way back: it reads in an answer what that tells of its tokens.
+//! what is compressed. `prompt` marks the prompt beside it, for those who want to send alike prompts to one place. `usage`
+//! is for the way back: it reads in an answer what that tells of its tokens.
 
 mod encoded;
 mod json;
 mod multipart;
+mod prompt;
 mod usage;
 
 use encoded::GzipScanner;
 use json::JsonScanner;
 use multipart::FormScanner;
+pub use prompt::{Mark, PROMPT_PART_BYTES_MAX, Prompt, PromptSeed};
 pub use usage::{AnswerKind, Finish, Usage, UsageTap};
 
 /// The longest model name, in bytes after unescaping. The longest in use are paths and repository ids of some 200.
@@ -187,6 +190,24 @@ impl ModelScanner {
         self.format.continues()
     }
 
+    /// Has the prompt in the body marked while it goes by; to be asked for before the first byte. A form has none.
+    pub fn mark_prompt(&mut self, seed: PromptSeed) {
+        if let Some(json) = self.format.json() {
+            json.mark_prompt(seed);
+        }
+    }
+
+    /// The prompt is being marked, and has not been taken.
+    pub fn marks_prompt(&self) -> bool {
+        self.format.marks_prompt()
+    }
+
+    /// The prompt for `model` as far as it has come, if it was to be marked. From then on it is not marked any more, and
+    /// costs nothing.
+    pub fn take_prompt(&mut self, model: &str) -> Option<Prompt> {
+        self.format.json()?.take_prompt(model)
+    }
+
     /// Ends the body. If this succeeds, [`model`](Self::model) is the one and only model that the body names.
     ///
     /// # Errors
@@ -233,6 +254,22 @@ impl Format {
             Format::Json(json) => json.model(),
             Format::Form(form) => form.model(),
             Format::Gzip(gzip) => gzip.format().model(),
+        }
+    }
+
+    fn json(&mut self) -> Option<&mut JsonScanner> {
+        match self {
+            Format::Json(json) => Some(json),
+            Format::Form(_) => None,
+            Format::Gzip(gzip) => gzip.format_mut().json(),
+        }
+    }
+
+    fn marks_prompt(&self) -> bool {
+        match self {
+            Format::Json(json) => json.marks_prompt(),
+            Format::Form(_) => false,
+            Format::Gzip(gzip) => gzip.format().marks_prompt(),
         }
     }
 

@@ -147,6 +147,11 @@ impl UsageTap {
         }
     }
 
+    /// Events with generated content so far: about as many as tokens.
+    pub fn output_events(&self) -> u64 {
+        self.findings.output_events
+    }
+
     /// What has been told so far.
     pub fn usage(&self) -> Usage {
         let output_events = match self.framing {

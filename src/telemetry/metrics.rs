@@ -1,16 +1,23 @@
-//! Instruments and their Prometheus text form.
+//! Instruments.
 //!
 //! Recording is a few atomic additions: no lock, no allocation, no label lookup; whoever records holds the instrument.
 //! Label values come from our own sets only (models and backends in the routing table), so a client cannot create series,
 //! and series vanish with what they describe.
 
 use std::{
-    fmt::{Display, Write as _},
-    sync::atomic::{AtomicU16, AtomicU64, Ordering::Relaxed},
+    fmt::Display,
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
-use crate::scan::{Finish, Usage};
+use super::otlp::Tracing;
+use crate::{
+    error::ProxyError,
+    scan::{Finish, Usage},
+};
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -33,24 +40,188 @@ impl Counter {
     }
 }
 
-/// Upper bounds in seconds. Generation takes minutes, so the scale goes far beyond what web servers use.
-pub const DURATION_BOUNDS: [f64; 17] =
-    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0];
+/// The buckets of a histogram.
+#[derive(Debug)]
+pub struct Scale {
+    /// Upper bounds, inclusive.
+    pub bounds: &'static [f64],
+    /// Sums are kept in whole numbers; so many of them make one.
+    parts_per_unit: f64,
+}
 
-/// Durations, counted by bucket.
-#[derive(Debug, Default)]
+/// Seconds. Generation takes minutes, so the scale goes far beyond what web servers use.
+pub static SECONDS: Scale = Scale {
+    bounds: &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0],
+    parts_per_unit: 1e6,
+};
+
+/// Seconds to the first token: the buckets that OpenTelemetry advises for `gen_ai.server.time_to_first_token`, and a few
+/// more, as long prompts take long.
+pub static FIRST_TOKEN_SECONDS: Scale = Scale {
+    bounds: &[
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0,
+        60.0,
+    ],
+    parts_per_unit: 1e6,
+};
+
+/// Seconds per token: the buckets that OpenTelemetry advises for `gen_ai.server.time_per_output_token`, and two for small
+/// models.
+pub static PER_TOKEN_SECONDS: Scale = Scale {
+    bounds: &[0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5],
+    parts_per_unit: 1e9,
+};
+
+/// Seconds of what should take no time.
+pub static SHORT_SECONDS: Scale = Scale {
+    bounds: &[
+        0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+        1.0, 2.5, 5.0, 10.0,
+    ],
+    parts_per_unit: 1e9,
+};
+
+/// Tokens of one request, in the buckets that OpenTelemetry advises for `gen_ai.client.token.usage`.
+pub static TOKENS: Scale = Scale {
+    bounds: &[
+        1.0,
+        4.0,
+        16.0,
+        64.0,
+        256.0,
+        1024.0,
+        4096.0,
+        16384.0,
+        65536.0,
+        262_144.0,
+        1_048_576.0,
+        4_194_304.0,
+        16_777_216.0,
+        67_108_864.0,
+    ],
+    parts_per_unit: 1.0,
+};
+
+/// Bytes of one body, in powers of four.
+pub static BYTES: Scale = Scale {
+    bounds: &[
+        64.0,
+        256.0,
+        1024.0,
+        4096.0,
+        16384.0,
+        65536.0,
+        262_144.0,
+        1_048_576.0,
+        4_194_304.0,
+        16_777_216.0,
+        67_108_864.0,
+        268_435_456.0,
+    ],
+    parts_per_unit: 1.0,
+};
+
+/// Values, counted by bucket.
+#[derive(Debug)]
 pub struct Histogram {
-    buckets: [AtomicU64; DURATION_BOUNDS.len() + 1],
-    sum_micros: AtomicU64,
+    scale: &'static Scale,
+    buckets: Box<[AtomicU64]>,
+    sum_parts: AtomicU64,
+}
+
+/// What a histogram holds at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Distribution {
+    /// Upper bounds, inclusive; what is above the last one has a bucket of its own.
+    pub bounds: &'static [f64],
+    /// How many fell into each bucket: one more than there are bounds.
+    pub counts: Vec<u64>,
+    /// The sum of all of them.
+    pub sum: f64,
 }
 
 impl Histogram {
-    /// Counts one duration.
+    /// An empty one.
+    pub fn new(scale: &'static Scale) -> Histogram {
+        let buckets = (0..=scale.bounds.len()).map(|_| AtomicU64::new(0)).collect();
+        Histogram { scale, buckets, sum_parts: AtomicU64::new(0) }
+    }
+
+    /// Counts one duration, on a scale of seconds.
     pub fn observe(&self, duration: Duration) {
         let seconds = duration.as_secs_f64();
-        let bucket = DURATION_BOUNDS.partition_point(|bound| *bound < seconds);
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        // a duration is not negative; this saturates
+        self.add(seconds, (seconds * self.scale.parts_per_unit).round() as u64);
+    }
+
+    /// Counts one number of things.
+    pub fn observe_count(&self, n: u64) {
+        #[allow(clippy::cast_precision_loss)] // which bucket it falls into does not hang on the last digit
+        self.add(n as f64, n);
+    }
+
+    fn add(&self, value: f64, parts: u64) {
+        let bucket = self.scale.bounds.partition_point(|bound| *bound < value);
         self.buckets[bucket].fetch_add(1, Relaxed);
-        self.sum_micros.fetch_add(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX), Relaxed);
+        self.sum_parts.fetch_add(parts, Relaxed);
+    }
+
+    /// The sum of all numbers of things counted.
+    pub fn total(&self) -> u64 {
+        self.sum_parts.load(Relaxed)
+    }
+
+    /// Nothing has been counted.
+    pub fn is_empty(&self) -> bool {
+        self.buckets.iter().all(|bucket| bucket.load(Relaxed) == 0)
+    }
+
+    /// What it holds now.
+    pub fn distribution(&self) -> Distribution {
+        #[allow(clippy::cast_precision_loss)] // more digits than anyone reads
+        let sum = self.total() as f64 / self.scale.parts_per_unit;
+        let counts = self.buckets.iter().map(|bucket| bucket.load(Relaxed)).collect();
+        Distribution { bounds: self.scale.bounds, counts, sum }
+    }
+}
+
+/// One number for each of a closed set of words. Not for the request path: the word is looked for.
+#[derive(Debug)]
+pub struct PerWord {
+    words: &'static [&'static str],
+    numbers: Box<[AtomicU64]>,
+}
+
+impl PerWord {
+    /// Zero for each of these words.
+    pub fn new(words: &'static [&'static str]) -> PerWord {
+        PerWord { words, numbers: words.iter().map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    fn of(&self, word: &str) -> Option<&AtomicU64> {
+        let place = self.words.iter().position(|known| *known == word);
+        debug_assert!(place.is_some(), "{word} is none of {:?}", self.words);
+        self.numbers.get(place?)
+    }
+
+    /// Adds one to the number of this word, which must be one of the set.
+    pub fn increment(&self, word: &str) {
+        if let Some(number) = self.of(word) {
+            number.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Sets the number of this word, which must be one of the set.
+    pub fn set(&self, word: &str, n: u64) {
+        if let Some(number) = self.of(word) {
+            number.store(n, Relaxed);
+        }
+    }
+
+    /// Every word with its number.
+    pub fn each(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.words.iter().copied().zip(&self.numbers).map(|(word, number)| (word, number.load(Relaxed)))
     }
 }
 
@@ -101,7 +272,7 @@ impl StatusCounts {
 }
 
 /// Instruments of one model.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ModelMetrics {
     /// Requests by the status their client got; 499 when the client left before one.
     pub requests: StatusCounts,
@@ -109,6 +280,14 @@ pub struct ModelMetrics {
     pub duration: Histogram,
     /// From the request's head to the first token of its answer; of an answer that is not streamed, to its first byte.
     pub time_to_first_token: Histogram,
+    /// From the first token of a streamed answer to its end, by the tokens after the first.
+    pub time_per_output_token: Histogram,
+    /// How long requests waited in line, those that waited.
+    pub queue_wait: Histogram,
+    /// Sizes of the bodies of requests that were answered by a backend.
+    pub request_bytes: Histogram,
+    /// Sizes of the bodies of backends' answers.
+    pub response_bytes: Histogram,
     /// Tokens, as backends count them.
     pub tokens: Tokens,
     /// Why answers ended, as backends say it, in the order of [`Finish::ALL`].
@@ -116,16 +295,37 @@ pub struct ModelMetrics {
 }
 
 /// Tokens of one model.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Tokens {
-    /// Of prompts.
-    pub input: Counter,
+    /// Of prompts, by request.
+    pub input: Histogram,
     /// Of prompts, found in a cache; counted in `input` too.
     pub cached_input: Counter,
-    /// Generated.
-    pub output: Counter,
+    /// Generated, by request.
+    pub output: Histogram,
     /// Generated while reasoning; counted in `output` too.
     pub reasoning: Counter,
+}
+
+impl Default for ModelMetrics {
+    fn default() -> ModelMetrics {
+        ModelMetrics {
+            requests: StatusCounts::default(),
+            duration: Histogram::new(&SECONDS),
+            time_to_first_token: Histogram::new(&FIRST_TOKEN_SECONDS),
+            time_per_output_token: Histogram::new(&PER_TOKEN_SECONDS),
+            queue_wait: Histogram::new(&SECONDS),
+            request_bytes: Histogram::new(&BYTES),
+            response_bytes: Histogram::new(&BYTES),
+            tokens: Tokens {
+                input: Histogram::new(&TOKENS),
+                cached_input: Counter::default(),
+                output: Histogram::new(&TOKENS),
+                reasoning: Counter::default(),
+            },
+            finishes: std::array::from_fn(|_| Counter::default()),
+        }
+    }
 }
 
 impl ModelMetrics {
@@ -137,18 +337,27 @@ impl ModelMetrics {
 
     /// An answer has told what it took.
     pub fn answer_told(&self, usage: &Usage) {
-        for (counter, tokens) in [
-            (&self.tokens.input, usage.input_tokens),
-            (&self.tokens.cached_input, usage.cached_input_tokens),
-            (&self.tokens.output, usage.output_tokens),
-            (&self.tokens.reasoning, usage.reasoning_tokens),
-        ] {
-            counter.add(tokens.unwrap_or(0));
+        for (histogram, tokens) in
+            [(&self.tokens.input, usage.input_tokens), (&self.tokens.output, usage.output_tokens)]
+        {
+            if let Some(tokens) = tokens {
+                histogram.observe_count(tokens);
+            }
         }
+        self.tokens.cached_input.add(usage.cached_input_tokens.unwrap_or(0));
+        self.tokens.reasoning.add(usage.reasoning_tokens.unwrap_or(0));
         if let Some(finish) = usage.finish
             && let Some(index) = Finish::ALL.iter().position(|known| *known == finish)
         {
             self.finishes[index].increment();
+        }
+    }
+
+    /// A streamed answer has come whole: so many tokens, the last of them so long after the first.
+    pub fn streamed(&self, output_tokens: u64, after_first: Duration) {
+        // The first token is the end of another wait.
+        if let Some(later) = u32::try_from(output_tokens).ok().and_then(|n| n.checked_sub(1)).filter(|n| *n > 0) {
+            self.time_per_output_token.observe(after_first / later);
         }
     }
 }
@@ -164,17 +373,146 @@ pub enum TableAction {
     Update,
 }
 
+/// Why a request was sent once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// The connection had been closed while it was idle; to the same backend.
+    StaleConnection,
+    /// A backend could not be connected to.
+    Connect,
+    /// A backend's connection ended before an answer.
+    Ended,
+    /// A backend said that it is busy.
+    Busy,
+}
+
+impl Retry {
+    /// All of them.
+    pub const ALL: [Retry; 4] = [Retry::StaleConnection, Retry::Connect, Retry::Ended, Retry::Busy];
+
+    /// As a label's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Retry::StaleConnection => "stale_connection",
+            Retry::Connect => "connect",
+            Retry::Ended => "ended",
+            Retry::Busy => "busy",
+        }
+    }
+}
+
+/// How far a request was when its client left.
+pub const DISCONNECT_PHASES: &[&str] = &["upload", "queue", "before_first_byte", "mid_answer"];
+/// What ended an answer that had begun.
+pub const CUT_REASONS: &[&str] = &["ended", "stopped", "framing", "silent", "request"];
+/// States of a container's life.
+pub const STATES: &[&str] = &["discovered", "probing", "ready", "unhealthy", "draining", "gone"];
+/// Why a probe has no usable answer.
+pub const PROBE_FAILURES: &[&str] = &["no_answer", "status", "unusable"];
+
 /// Instruments that belong to no model.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Metrics {
     /// Requests whose model no backend has ever announced, or that named none.
     pub unknown: ModelMetrics,
+    /// What makes spans, where traces are wanted.
+    pub tracing: Option<Tracing>,
+    /// Time that the proxy itself added to a request: what `proxy_overhead_seconds` says.
+    pub overhead: Histogram,
+    /// Errors that the proxy answered with, by their code.
+    pub rejected: PerWord,
+    /// Clients that left, by how far their request was: [`DISCONNECT_PHASES`].
+    pub disconnects: PerWord,
+    /// Answers that broke off, by what ended them: [`CUT_REASONS`].
+    pub cuts: PerWord,
+    /// Connections to backends that were opened for a request.
+    pub upstream_opened: Counter,
+    /// Connections to backends that were used once more.
+    pub upstream_reused: Counter,
+    /// Connections of clients that were accepted.
+    pub clients_accepted: Counter,
+    /// Those of them that have ended.
+    pub clients_closed: Counter,
+    /// Labelled containers by state: [`STATES`].
+    pub backends: PerWord,
+    /// Changes of state, by the one entered.
+    pub transitions: PerWord,
+    /// From a stop notice to the end of the last request.
+    pub drains: Histogram,
+    /// How long probes took.
+    pub probes: Histogram,
+    /// Probes without a usable answer: [`PROBE_FAILURES`].
+    pub probe_failures: PerWord,
+    /// What discovery sees and hears.
+    pub discovery: DiscoveryMetrics,
     added: Counter,
     removed: Counter,
     updated: Counter,
+    /// In the order of [`Retry::ALL`].
+    retries: [Counter; Retry::ALL.len()],
+}
+
+/// Instruments of discovery.
+#[derive(Debug)]
+pub struct DiscoveryMetrics {
+    /// It sees.
+    pub connected: AtomicBool,
+    /// When it last had the whole list, in milliseconds since 1970; 0: never.
+    pub last_sync_ms: AtomicU64,
+    /// From an event's own time to its arrival.
+    pub event_lag: Histogram,
+    /// Events by action; the source brings the words.
+    pub events: OnceLock<PerWord>,
+}
+
+impl Default for Metrics {
+    fn default() -> Metrics {
+        Metrics {
+            tracing: None,
+            unknown: ModelMetrics::default(),
+            overhead: Histogram::new(&SHORT_SECONDS),
+            rejected: PerWord::new(ProxyError::CODES),
+            disconnects: PerWord::new(DISCONNECT_PHASES),
+            cuts: PerWord::new(CUT_REASONS),
+            upstream_opened: Counter::default(),
+            upstream_reused: Counter::default(),
+            clients_accepted: Counter::default(),
+            clients_closed: Counter::default(),
+            backends: PerWord::new(STATES),
+            transitions: PerWord::new(STATES),
+            drains: Histogram::new(&SECONDS),
+            probes: Histogram::new(&SECONDS),
+            probe_failures: PerWord::new(PROBE_FAILURES),
+            discovery: DiscoveryMetrics {
+                connected: AtomicBool::new(false),
+                last_sync_ms: AtomicU64::new(0),
+                event_lag: Histogram::new(&SHORT_SECONDS),
+                events: OnceLock::new(),
+            },
+            added: Counter::default(),
+            removed: Counter::default(),
+            updated: Counter::default(),
+            retries: Default::default(),
+        }
+    }
 }
 
 impl Metrics {
+    /// A request is sent once more.
+    pub fn retried(&self, why: Retry) {
+        self.retries[why as usize].increment();
+    }
+
+    /// Requests sent once more so far, by reason.
+    pub fn retries(&self) -> impl Iterator<Item = (Retry, u64)> {
+        Retry::ALL.into_iter().zip(&self.retries).map(|(why, counter)| (why, counter.get()))
+    }
+
+    /// Instruments of a proxy whose requests are traced, if there is anything to trace them with.
+    pub fn with_tracing(tracing: Option<Tracing>) -> Metrics {
+        Metrics { tracing, ..Metrics::default() }
+    }
+
     /// The routing table has changed.
     pub fn table_updated(&self, action: TableAction) {
         match action {
@@ -187,58 +525,6 @@ impl Metrics {
     /// Changes of the routing table so far, by action.
     pub fn table_updates(&self) -> [(&'static str, u64); 3] {
         [("add", self.added.get()), ("remove", self.removed.get()), ("update", self.updated.get())]
-    }
-}
-
-/// Writes the Prometheus text format, version 0.0.4
-/// (<https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format>).
-#[derive(Debug, Default)]
-pub struct Exposition {
-    text: String,
-}
-
-impl Exposition {
-    /// Begins a metric: its name, type and meaning. Samples follow.
-    pub fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    /// One sample.
-    pub fn sample(&mut self, name: &str, labels: &[(&str, &dyn Display)], value: impl Display) {
-        self.text.push_str(name);
-        for (i, (label, text)) in labels.iter().enumerate() {
-            let _ = write!(self.text, "{}{label}=\"", if i == 0 { '{' } else { ',' });
-            for c in text.to_string().chars() {
-                match c {
-                    '\\' => self.text.push_str("\\\\"),
-                    '"' => self.text.push_str("\\\""),
-                    '\n' => self.text.push_str("\\n"),
-                    c => self.text.push(c),
-                }
-            }
-            self.text.push('"');
-        }
-        let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
-    }
-
-    /// The samples of one histogram; `label` tells it from others of its family.
-    pub fn histogram(&mut self, name: &str, label: (&str, &dyn Display), histogram: &Histogram) {
-        let mut count = 0;
-        let bucket_name = format!("{name}_bucket");
-        for (i, bucket) in histogram.buckets.iter().enumerate() {
-            count += bucket.load(Relaxed);
-            let bound: &dyn Display = DURATION_BOUNDS.get(i).map_or(&"+Inf", |b| b);
-            self.sample(&bucket_name, &[label, ("le", bound)], count);
-        }
-        #[allow(clippy::cast_precision_loss)] // a sum of microseconds in a float: more digits than anyone reads
-        let seconds = histogram.sum_micros.load(Relaxed) as f64 / 1e6;
-        self.sample(&format!("{name}_sum"), &[label], seconds);
-        self.sample(&format!("{name}_count"), &[label], count);
-    }
-
-    /// The finished text.
-    pub fn finish(self) -> String {
-        self.text
     }
 }
 
@@ -261,24 +547,33 @@ mod tests {
     }
 
     #[test]
-    fn histogram_buckets_are_cumulative_and_bounds_inclusive() {
-        let histogram = Histogram::default();
-        for ms in [1, 5, 6, 2_000_000] {
-            histogram.observe(Duration::from_millis(ms));
+    fn sums_are_exact_where_values_are_small() {
+        let histogram = Histogram::new(&SHORT_SECONDS);
+        assert!(histogram.is_empty());
+        for _ in 0..3 {
+            histogram.observe(Duration::from_nanos(12_345));
         }
-        let mut text = Exposition::default();
-        text.histogram("d", ("model", &"m"), &histogram);
-        let text = text.finish();
-        assert!(text.contains("d_bucket{model=\"m\",le=\"0.005\"} 2\n"), "{text}");
-        assert!(text.contains("d_bucket{model=\"m\",le=\"0.01\"} 3\n"), "{text}");
-        assert!(text.contains("d_bucket{model=\"m\",le=\"+Inf\"} 4\n"), "{text}");
-        assert!(text.contains("d_count{model=\"m\"} 4\n"), "{text}");
+        let Distribution { counts, sum, .. } = histogram.distribution();
+        assert_eq!((counts[1], sum), (3, 0.000_037_035));
+        assert!(!histogram.is_empty());
     }
 
     #[test]
-    fn label_values_are_escaped() {
-        let mut text = Exposition::default();
-        text.sample("x", &[("model", &"a\"b\\c\nd")], 1);
-        assert_eq!(text.finish(), "x{model=\"a\\\"b\\\\c\\nd\"} 1\n");
+    fn the_first_token_is_no_step_between_tokens() {
+        let metrics = ModelMetrics::default();
+        for (tokens, ms) in [(0, 9), (1, 9), (11, 100)] {
+            metrics.streamed(tokens, Duration::from_millis(ms));
+        }
+        let Distribution { counts, sum, .. } = metrics.time_per_output_token.distribution();
+        assert_eq!((counts.iter().sum::<u64>(), sum), (1, 0.01));
+    }
+
+    #[test]
+    fn words_have_numbers() {
+        let numbers = PerWord::new(&["a", "b"]);
+        numbers.increment("b");
+        numbers.increment("b");
+        numbers.set("a", 7);
+        assert_eq!(numbers.each().collect::<Vec<_>>(), [("a", 7), ("b", 2)]);
     }
 }

@@ -1,4 +1,9 @@
-//! What the proxy says about itself: metrics and logs. A leaf: it takes plain values and knows no other module.
+//! What the proxy says about itself: metrics, traces and logs. It takes plain values and knows nothing of who
+//! gives them.
 
+pub mod exposition;
+pub mod families;
 pub mod log;
 pub mod metrics;
+pub mod otlp;
+pub mod process;

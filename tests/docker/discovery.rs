@@ -442,6 +442,48 @@ async fn d15_a_socket_that_is_missing_forbidden_or_filtered() {
     assert_eq!(proxy.readyz().await.unwrap(), StatusCode::SERVICE_UNAVAILABLE);
 }
 
+#[tokio::test]
+async fn o05_a_newcomer_is_told_what_is_wrong_and_what_to_change() {
+    let Some(lab) = engine::shared("o05").await else { return };
+    let (net, apart) = (lab.network("net").await, lab.network("apart").await);
+    let proxy = lab.proxy().network(&net).env("PROXY_REQUIRE_HEALTHCHECK", "true").in_container().await.ready().await;
+    let checked = |role: &str| lab.backend(role).network(&net).healthcheck(OFTEN);
+    let unclear = lab.backend("unclear").unlabelled().label("inference.enable", "ture").network(&net).start().await;
+    let elsewhere = lab.backend("elsewhere").network(&apart).healthcheck(OFTEN).start().await;
+    let sick = checked("sick").up().await;
+    sick.ctl("health=503").await;
+    let bare = lab.backend("bare").network(&net).start().await;
+    let told = [
+        (&unclear, "neither true nor false", "create it anew with inference.enable=true".to_owned()),
+        (
+            &elsewhere,
+            "no network in common with this proxy",
+            format!("docker network connect {net} {}", elsewhere.name),
+        ),
+        (
+            &sick,
+            "Docker calls it unhealthy: its health check fails",
+            format!("docker inspect -f '{{{{json .State.Health}}}}' {}", sick.name),
+        ),
+        (
+            &bare,
+            "it has no HEALTHCHECK, and PROXY_REQUIRE_HEALTHCHECK=true demands one",
+            "add a HEALTHCHECK".to_owned(),
+        ),
+    ];
+    for (backend, reason, advice) in &told {
+        let text = proxy.until_reported(&backend.name, &[reason]).await;
+        assert!(text.contains(advice), "/status says only: {text}");
+        let lines = proxy.until_logged(&["warn", &backend.name, reason]).await;
+        assert!(lines.len() == 1 && lines[0].contains(advice), "one line with the advice: {lines:#?}");
+    }
+    // A label that is misspelt stops nothing, and is told all the same.
+    let misspelt = checked("misspelt").label("inference.prot", "9").up().await;
+    proxy.until_serves(misspelt.model()).await;
+    proxy.until_reported(&misspelt.name, &["did you mean inference.port?"]).await;
+    proxy.until_logged(&["warn", &misspelt.name, "did you mean inference.port?"]).await;
+}
+
 // === helpers ===
 
 /// Waits until the proxy lists the container's model, or says in one of these words why it does not.

@@ -24,6 +24,7 @@
 mod discovery;
 mod lifecycle;
 mod measured;
+mod pools;
 mod rolling;
 mod support;
 mod timings;

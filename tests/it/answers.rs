@@ -175,13 +175,15 @@ async fn r02_503_becomes_404_when_the_grace_time_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "nobody waits yet: the queue comes with the pools"]
 async fn r02_503_once_the_wait_for_a_starting_container_is_over() {
     let upstream = Upstream::start("a", &["m"]).await;
     let app = TestApp::start_with_backends(&[("PROXY_QUEUE_TIMEOUT", "400ms")], &[&upstream]).await;
     app.ended("a").await;
     app.announce(Spec::of(&upstream).incarnation(2).health(Health::Starting)).await;
-    app.models_are(&[]).await;
+    eventually("it is known to start", async || {
+        app.metric("proxy_backends", &[("state", "discovered")]).await == Some(1.0)
+    })
+    .await;
     let since = Instant::now();
     let answer = app.ask(&Request::chat("m")).await;
     assert_openai_error(&answer, 503, "model_unavailable");
@@ -190,14 +192,16 @@ async fn r02_503_once_the_wait_for_a_starting_container_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "nobody waits yet: the queue comes with the pools"]
 async fn r02_a_request_that_waits_is_served_when_the_container_is_ready() {
     let upstream = Upstream::start("a", &["m"]).await;
     let app = TestApp::with(&[&upstream]).await;
     app.ended("a").await;
     let starting = Spec::of(&upstream).incarnation(2).health(Health::Starting);
     app.announce(starting.clone()).await;
-    app.models_are(&[]).await;
+    eventually("it is known to start", async || {
+        app.metric("proxy_backends", &[("state", "discovered")]).await == Some(1.0)
+    })
+    .await;
     let mut client = app.client().await;
     client.send(Request::chat("m").bytes()).await;
     // Nothing tells that it waits, but no answer within this time does not hurt either.
@@ -229,7 +233,6 @@ async fn r02_429_when_every_backend_is_full_and_nobody_may_wait() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "nobody waits yet: the queue comes with the pools"]
 async fn r02_429_when_the_wait_is_over() {
     let (upstream, app, gate, mut first) = one_at_a_time(&[("PROXY_QUEUE_TIMEOUT", "300ms")]).await;
     let since = Instant::now();
@@ -243,7 +246,6 @@ async fn r02_429_when_the_wait_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "nobody waits yet: the queue comes with the pools"]
 async fn r02_429_when_the_queue_is_full() {
     let (upstream, app, gate, mut first) = one_at_a_time(&[("PROXY_QUEUE_MAX", "2")]).await;
     // Three come at once, two of them may wait: which one is turned away is not told, that it is just one is.

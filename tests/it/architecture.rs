@@ -3,7 +3,7 @@
 
 use std::{fs, path::Path};
 
-use inference_proxy::{config::KNOBS, labels};
+use inference_proxy::{config::KNOBS, error::ProxyError, labels, telemetry::families};
 
 /// Layers from the top; a module uses only those below its own. The order is that of the crate documentation.
 const LAYERS: &[&[&str]] = &[
@@ -12,44 +12,58 @@ const LAYERS: &[&[&str]] = &[
     &["listen", "discovery::docker", "discovery::fixed"],
     &["proxy", "demo"],
     &["admin"],
-    &["registry"],
-    &["probe"],
+    &["registry", "report"],
+    &["probe", "scrape"],
     &["table", "status"],
     &["balance"],
     &["backend"],
-    &["upstream"],
-    &["replay", "lifecycle", "fetch"],
+    &["upstream", "affinity"],
+    &["replay", "lifecycle", "fetch", "breaker", "budget", "load", "tally", "waiting"],
     &["discovery"],
     &["discovery::network", "discovery::signal", "discovery::vantage"],
     &["telemetry"],
-    &["scan", "labels", "http1"],
+    &["scan", "labels", "http1", "latency"],
     &["config", "error"],
 ];
 
 /// Files in which decisions are made: state, input and time come in as arguments.
 const PURE: &[&str] = &[
-    "balance.rs",
+    "affinity/holders.rs",
+    "affinity/mod.rs",
+    "affinity/shares.rs",
+    "balance/policy.rs",
+    "breaker.rs",
+    "budget.rs",
     "discovery/docker/event.rs",
     "discovery/docker/inspect.rs",
     "discovery/network.rs",
     "discovery/signal.rs",
     "discovery/vantage.rs",
     "labels.rs",
+    "latency.rs",
     "lifecycle.rs",
+    "load.rs",
     "http1/body.rs",
     "http1/head.rs",
     "proxy/failure.rs",
     "proxy/headers.rs",
     "proxy/paths.rs",
+    "proxy/routes.rs",
     "replay.rs",
     "scan/json.rs",
     "scan/mod.rs",
     "scan/multipart.rs",
+    "scan/prompt.rs",
     "scan/usage.rs",
     "scan/usage/findings.rs",
     "scan/usage/object.rs",
     "scan/usage/places.rs",
     "scan/usage/stencil.rs",
+    "status/events.rs",
+    "status/text.rs",
+    "tally.rs",
+    "telemetry/log/repeats.rs",
+    "telemetry/otlp/w3c.rs",
 ];
 
 fn sources() -> Vec<(String, String)> {
@@ -185,35 +199,18 @@ fn the_readme_has_every_label_and_its_default() {
 #[test]
 fn the_readme_has_every_metric_and_every_error_code() {
     let readme = readme();
-    let sources = sources();
-    let code = |file: &str| sources.iter().find(|(name, _)| name == file).map(|(_, code)| code.clone()).unwrap();
-    let quoted = |code: &str, begins: &str| -> Vec<String> {
-        let words = code.split('"').skip(1).step_by(2);
-        words
-            .filter(|w| w.starts_with(begins) && w.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
-            .map(str::to_owned)
-            .collect()
-    };
-    let metrics = quoted(&code("admin.rs"), "proxy_");
-    assert!(metrics.len() >= 5, "{metrics:?}");
-    for metric in metrics {
-        assert!(readme.contains(&format!("`{metric}")), "{metric} is not in the README");
+    for family in families::ALL {
+        let labels: Vec<String> = family.labels.iter().map(|label| format!("`{label}`")).collect();
+        let labels = if labels.is_empty() { "–".to_owned() } else { labels.join(", ") };
+        let row = format!("| `{}` | {labels} | {} |", family.name, family.kind.as_str());
+        assert!(readme.contains(&row), "the README's table of metrics lacks: {row}");
     }
-    for error in [
-        "model_required",
-        "invalid_json",
-        "model_not_found",
-        "invalid_request",
-        "not_found",
-        "request_timeout",
-        "unsupported_encoding",
-        "request_header_too_large",
-        "model_unavailable",
-        "overloaded",
-        "request_too_large",
-        "backend_error",
-        "backend_timeout",
-    ] {
+    let rows = readme.lines().filter(|line| {
+        let name = line.strip_prefix("| `").and_then(|rest| rest.split('`').next()).unwrap_or_default();
+        name.starts_with("proxy_") || name.starts_with("process_")
+    });
+    assert_eq!(rows.count(), families::ALL.len(), "the README has metrics that there are not");
+    for error in ProxyError::CODES {
         assert!(readme.contains(&format!("`{error}`")), "{error} is not in the README");
     }
 }

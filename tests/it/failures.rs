@@ -597,3 +597,22 @@ async fn h02_the_proxy_ends_before_the_first_byte_and_while_a_request_is_uploade
         soon("the proxy is down", down).await.unwrap();
     }
 }
+
+/// Whose client takes its time to send is not slow to answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h02_the_time_of_an_upload_is_not_the_backends() {
+    for knob in ["PROXY_FIRST_BYTE_TIMEOUT", "PROXY_IDLE_TIMEOUT"] {
+        let a = Upstream::start("a", &["m"]).await;
+        let app = TestApp::start_with_backends(&[(knob, "300ms")], &[&a]).await;
+        let request = Request::post("/v1/completions", format!(r#"{{"model":"m","prompt":"{}"}}"#, "text ".repeat(99)));
+        let bytes = request.bytes();
+        let mut client = app.client().await;
+        client.send_pieces(bytes.chunks(bytes.len() / 3), Duration::from_millis(400)).await;
+        let answer = client.answer().await;
+        assert_eq!(answer.status, 200, "{knob}: {}", answer.text());
+        // But from its end on.
+        a.always(vec![Step::ReadBody, Step::Hold(Gate::shut())]);
+        client.send(&bytes).await;
+        assert_openai_error(&client.answer().await, 504, "backend_timeout");
+    }
+}

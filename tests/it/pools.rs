@@ -179,7 +179,6 @@ async fn p09_a_full_replica_is_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "nobody waits yet: the queue comes with the pools"]
 async fn p09_who_waits_is_served_in_order() {
     let upstream = Upstream::start("a", &["m"]).await;
     let app = TestApp::start().await;
@@ -202,5 +201,199 @@ async fn p09_who_waits_is_served_in_order() {
     for turn in 0..5 {
         let arrived = upstream.request(turn + 1).await.head.header("x-turn").map(str::to_owned);
         assert_eq!(arrived, Some(turn.to_string()));
+    }
+}
+
+/// Sends a request that has to wait. Nothing outside tells that it waits but the length of the line.
+async fn send_waiting(app: &TestApp, request: &Request, length: f64) -> Client {
+    let mut client = app.client().await;
+    client.send(request.bytes()).await;
+    eventually("it waits", async || app.metric("proxy_queue_depth", &[("model", "m")]).await == Some(length)).await;
+    client
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p09_who_waits_for_one_backend_holds_up_nobody_who_may_go_to_another() {
+    let app = TestApp::start().await;
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await);
+    app.add(Spec::of(&a).label("inference.max_inflight", 1)).await;
+    a.script(json_reply(r#"{"id":"resp_1","object":"response"}"#));
+    assert_eq!(app.ask(&Request::post("/v1/responses", r#"{"model":"m","input":"hi"}"#)).await.status, 200);
+    let gate = Gate::shut();
+    a.script(held_reply(&gate));
+    let busy = send_held(&app, 1, || a.count() - 1).await;
+    app.add(Spec::of(&b)).await;
+    // What is behind this id is at `a`, which is full.
+    let follower = send_waiting(&app, &Request::get("/v1/responses/resp_1"), 1.0).await;
+    for _ in 0..5 {
+        assert_eq!(app.ask(&Request::chat("m")).await.json()["served_by"], "b");
+    }
+    gate.open();
+    for mut client in busy.into_iter().chain([follower]) {
+        assert_eq!(client.answer().await.status, 200);
+    }
+    assert_eq!(a.request(2).await.head.word(1), "/v1/responses/resp_1");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p09_who_waits_for_a_second_attempt_holds_up_nobody() {
+    let app = TestApp::start().await;
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await);
+    app.add(Spec::of(&a).label("inference.max_inflight", 1)).await;
+    let gate = Gate::shut();
+    a.script(held_reply(&gate));
+    let busy = send_held(&app, 1, || a.count()).await;
+    app.add(Spec::of(&b)).await;
+    b.script(vec![Step::ReadBody, Step::Close]);
+    let unlucky = send_waiting(&app, &Request::chat("m"), 1.0).await;
+    for _ in 0..5 {
+        assert_eq!(app.ask(&Request::chat("m")).await.json()["served_by"], "b");
+    }
+    gate.open();
+    for mut client in busy.into_iter().chain([unlucky]) {
+        assert_eq!(client.answer().await.status, 200);
+    }
+    assert_eq!((a.count(), b.count()), (2, 6));
+}
+
+/// A container that is replaced over and over, while another one is starting for good: there is always somebody coming,
+/// so requests wait, and none is refused in the moment between the end of the one and the news of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l12_while_somebody_is_coming_nobody_is_refused() {
+    let (a, starting) = (Upstream::start("a", &["m"]).await, Upstream::start("starting", &["m"]).await);
+    let app = std::sync::Arc::new(TestApp::with(&[&a]).await);
+    starting.hold_probes(&Gate::shut());
+    app.announce(Spec::of(&starting).role("a")).await;
+    let is_over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let asking: Vec<_> = (0..8)
+        .map(|_| {
+            let (addr, is_over) = (app.addr(), is_over.clone());
+            tokio::spawn(async move {
+                let mut client = Client::connect(addr).await;
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let since = std::time::Instant::now();
+                    let answer = client.ask(&Request::chat("m")).await;
+                    assert_eq!(answer.status, 200, "{}", answer.text());
+                    assert!(since.elapsed() < std::time::Duration::from_secs(10), "forgotten in the line");
+                }
+            })
+        })
+        .collect();
+    for incarnation in 2..80 {
+        app.stopping("a").await;
+        app.rotation_is(0, "a is out").await;
+        app.inflight_is("a", "m", 0.0).await;
+        app.ended("a").await;
+        app.announce(Spec::of(&a).incarnation(incarnation)).await;
+        app.rotation_is(1, "a is back").await;
+        let before = a.count();
+        eventually("traffic flows", async || a.count() > before + 20).await;
+    }
+    is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+    for asked in asking {
+        soon("all answers", asked).await.unwrap();
+    }
+}
+
+/// So many clients ask, each as soon as it has its last answer, `n` times in all.
+async fn ask_at_once(app: &TestApp, clients: usize, n: usize) {
+    let left = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(n));
+    let asking: Vec<_> = (0..clients)
+        .map(|_| {
+            let (addr, left) = (app.addr(), left.clone());
+            tokio::spawn(async move {
+                use std::sync::atomic::Ordering::Relaxed;
+                let mut client = Client::connect(addr).await;
+                while left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok() {
+                    let answer = client.ask(&Request::chat("m")).await;
+                    assert_eq!(answer.status, 200, "{}", answer.text());
+                }
+            })
+        })
+        .collect();
+    for asked in asking {
+        asked.await.unwrap();
+    }
+}
+
+/// Answers after so long.
+fn slow_reply(ms: u64) -> Script {
+    let mut script = vec![Step::ReadBody, Step::Pause(std::time::Duration::from_millis(ms))];
+    script.extend(json_reply("{}").into_iter().skip(1));
+    script
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p02_the_fast_replica_gets_most_and_the_slow_one_some() {
+    let (fast, slow) = (Upstream::start("fast", &["m"]).await, Upstream::start("slow", &["m"]).await);
+    let app = TestApp::with(&[&fast, &slow]).await;
+    fast.always(slow_reply(10));
+    slow.always(slow_reply(200));
+    ask_at_once(&app, 8, 1_000).await;
+    assert_eq!(fast.count() + slow.count(), 1_000);
+    assert!((1..=100).contains(&slow.count()), "{} of 1000 went to the slow one", slow.count());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p03_a_cold_replica_is_neither_starved_nor_flooded() {
+    let warm = [Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await];
+    let cold = Upstream::start("cold", &["m"]).await;
+    let app = TestApp::with(&[&warm[0], &warm[1]]).await;
+    for upstream in warm.iter().chain([&cold]) {
+        upstream.always(slow_reply(20));
+    }
+    ask_at_once(&app, 8, 200).await;
+    // The pool of two has had time to settle; a third of the traffic is the newcomer's share.
+    app.add(Spec::of(&cold)).await;
+    let since = std::time::Instant::now();
+    let asking = ask_at_once(&app, 8, 200);
+    let first = async {
+        eventually("the first request", async || cold.count() > 0).await;
+        since.elapsed()
+    };
+    let ((), first) = tokio::join!(asking, first);
+    assert!(first < std::time::Duration::from_secs(1), "first request after {first:?}");
+    assert!(cold.count() < 200, "flooded: {} of 200", cold.count());
+    let before = cold.count();
+    ask_at_once(&app, 8, 600).await;
+    let share = cold.count() - before;
+    assert!(share >= 600 * 3 / 10 * 2 / 3, "{share} of 600, where a third is its share");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p09_weights_are_kept_to() {
+    for policy in ["ewma", "least", "round_robin"] {
+        let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await);
+        let app = TestApp::start_with(&[("PROXY_BALANCE", policy)]).await;
+        app.add(Spec::of(&a)).await;
+        app.add(Spec::of(&b).label("inference.weight", 3)).await;
+        for upstream in [&a, &b] {
+            upstream.always(slow_reply(5));
+        }
+        ask_at_once(&app, 8, 400).await;
+        assert!((70..=130).contains(&a.count()), "{policy}: {} to {}, for 1 to 3", a.count(), b.count());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_others_keep_busy_is_seen_to_be() {
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await);
+    // Somebody else has forty requests there.
+    let page = "vllm:num_requests_running{model_name=\"m\"} 30\nvllm:num_requests_waiting{model_name=\"m\"} 10\n";
+    a.set_metrics(reply("200 OK", "content-type: text/plain\r\n", page));
+    let app = TestApp::start_with(&[("PROXY_BALANCE", "least")]).await;
+    for upstream in [&a, &b] {
+        app.add(Spec::of(upstream)).await;
+    }
+    eventually("it has been asked", async || app.metric("proxy_backend_load", &[("backend", "a")]).await == Some(40.0))
+        .await;
+    let before = a.count();
+    let gate = Gate::shut();
+    b.always(held_reply(&gate));
+    let clients = send_held(&app, 10, || a.count() + b.count()).await;
+    assert_eq!((a.count() - before, b.count()), (0, 10));
+    gate.open();
+    for mut client in clients {
+        assert_eq!(client.answer().await.status, 200);
     }
 }

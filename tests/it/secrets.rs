@@ -1,12 +1,15 @@
 //! R10: what clients send in confidence goes to the backend, and nowhere else, at any level of logging.
 
-use crate::support::*;
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
+
+use crate::support::{collector::Collector, *};
 
 const KEY: &str = "sk-in-confidence-1";
 const OTHER_KEY: &str = "sk-in-confidence-2";
 const COOKIE: &str = "session-in-confidence-3";
 const PROMPT: &str = "prompt-in-confidence-4";
 const ANSWER: &str = "answer-in-confidence-5";
+const COLLECTOR_KEY: &str = "collector-in-confidence-6";
 
 fn confidential(request: Request) -> Request {
     request
@@ -23,7 +26,15 @@ fn chat(model: &str) -> Request {
 async fn r10_what_is_confidential_is_in_no_log_and_on_no_page() {
     let upstream = Upstream::start("a", &["m"]).await;
     let log = std::env::temp_dir().join(format!("it-secrets-{}.log", fastrand::u64(..)));
-    let proxy = ProxyProcess::start_logged(&[("PROXY_ACCESS_LOG", "on")], &[&upstream], &log).await;
+    let collector = Collector::start().await;
+    let (url, header) = (collector.url(), format!("api-key={COLLECTOR_KEY}"));
+    let knobs = [
+        ("PROXY_ACCESS_LOG", "on"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
+        ("OTEL_EXPORTER_OTLP_HEADERS", &header),
+        ("OTEL_BSP_SCHEDULE_DELAY", "20"),
+    ];
+    let proxy = ProxyProcess::start_logged(&knobs, &[&upstream], &log).await;
     let ask = async |request: &Request| Client::connect(proxy.addr).await.ask(request).await;
 
     upstream.always(json_reply(&format!(r#"{{"text":"{ANSWER}"}}"#)));
@@ -68,9 +79,12 @@ async fn r10_what_is_confidential_is_in_no_log_and_on_no_page() {
     let logged = std::fs::read_to_string(&log).unwrap();
     assert!(logged.contains("/v1/chat/completions") && logged.contains("answer cut"), "logging is on: {logged}");
     seen.push(("the log".to_owned(), logged));
+    let spans = collector.spans_of(SpanKind::Server, 8).await;
+    assert_eq!(collector.heads()[0].1["api-key"], COLLECTOR_KEY);
+    seen.push(("a span".to_owned(), format!("{spans:?} {:?}", collector.spans_of(SpanKind::Client, 4).await)));
     std::fs::remove_file(&log).unwrap();
     for (what, text) in seen {
-        for secret in [KEY, OTHER_KEY, COOKIE, PROMPT, ANSWER] {
+        for secret in [KEY, OTHER_KEY, COOKIE, PROMPT, ANSWER, COLLECTOR_KEY] {
             assert!(!text.contains(secret), "{secret} is in {what}: {text}");
         }
     }

@@ -18,6 +18,8 @@ pub(super) struct Notice {
     pub(super) id: String,
     /// What it says.
     pub(super) kind: Kind,
+    /// What the engine calls it: one of [`ACTIONS`].
+    pub(super) action: &'static str,
     /// When it happened, nanoseconds since 1970.
     pub(super) time_nanos: i64,
     /// The container asks to be routed, as far as the event tells; networks' events do not tell.
@@ -84,8 +86,11 @@ pub(super) fn read(message: EventMessage) -> Option<Notice> {
         (false, action) if action.starts_with("health_status") => Kind::Changed,
         (false, _) => return None,
     };
+    // Health checks add their verdict.
+    let name = action.split(':').next().unwrap_or_default();
+    let action = ACTIONS.iter().copied().find(|known| *known == name)?;
     let labelled = !of_network && attributes.contains_key("inference.enable");
-    Some(Notice { id, kind, time_nanos, labelled })
+    Some(Notice { id, kind, action, time_nanos, labelled })
 }
 
 /// How many events are remembered to recognise them when they are replayed.
@@ -150,7 +155,9 @@ mod tests {
             ("oom", Kind::OutOfMemory),
             ("kill", Kind::Signalled(None)),
         ] {
-            let expect = Notice { id: "c1".into(), kind, time_nanos: 5, labelled: true };
+            let name = action.split(':').next().unwrap();
+            let known = ACTIONS.iter().find(|known| **known == name).unwrap();
+            let expect = Notice { id: "c1".into(), kind, action: known, time_nanos: 5, labelled: true };
             assert_eq!(container(action, labelled), Some(expect), "{action}");
         }
         for action in ["exec_create: /bin/sh", "exec_die", "create", "top", "attach"] {
@@ -170,6 +177,7 @@ mod tests {
         let disconnected = Notice {
             id: "c1".into(),
             kind: Kind::Disconnected("n1".into()),
+            action: "disconnect",
             time_nanos: 7_000_000_000,
             labelled: false,
         };
@@ -290,7 +298,8 @@ mod tests {
     #[test]
     fn replayed_events_are_recognised_and_memory_is_bounded() {
         let mut seen = Seen::default();
-        let at = |time_nanos| Notice { id: "c".into(), kind: Kind::Paused, time_nanos, labelled: true };
+        let at =
+            |time_nanos| Notice { id: "c".into(), kind: Kind::Paused, action: "pause", time_nanos, labelled: true };
         assert!(seen.is_new(&at(1)) && !seen.is_new(&at(1)) && seen.is_new(&at(2)));
         assert!(seen.is_new(&Notice { kind: Kind::Ended, ..at(1) }));
         for time in 0..5_000 {

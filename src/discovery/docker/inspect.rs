@@ -2,7 +2,7 @@
 //!
 //! Everything else, the container's environment above all, is dropped where it is read.
 
-use std::{collections::HashMap, net::IpAddr, time::Duration};
+use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
 
 use bollard::models::{
     ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, PortBinding,
@@ -11,7 +11,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     discovery::{
-        Endpoint, Health, Incarnation, Phase,
+        Endpoint, Health, Incarnation, Obstacle, Phase,
         network::{self, Attachment, NetworkMode, Published, Vantage, Wiring},
         signal::parse_signal,
     },
@@ -123,6 +123,14 @@ impl Inspected {
         }
     }
 
+    /// Its Compose service, if it has one; else its name.
+    fn role(&self) -> Arc<str> {
+        match (self.labels.get("com.docker.compose.project"), self.labels.get("com.docker.compose.service")) {
+            (Some(project), Some(service)) => format!("{project}/{service}").into(),
+            _ => self.name.as_str().into(),
+        }
+    }
+
     /// Its own labels hide which signal an event is about.
     pub(super) fn forges_signals(&self) -> bool {
         self.labels.contains_key("signal")
@@ -134,27 +142,41 @@ impl Inspected {
         let labels = labels::parse(pairs)?;
         let ports = network::port_candidates(labels.spec.port, &self.exposed_tcp);
         let wanted = labels.spec.network.as_deref().or(context.default_network.as_deref());
-        let reach = network::reach(&self.wiring, &context.vantage, wanted, &ports).map_err(|e| e.to_string());
+        let reach = network::reach(&self.wiring, &context.vantage, wanted, &ports)
+            .map_err(|e| Obstacle { what: e.to_string(), advice: e.advice(&self.name) });
+        let obstacle = |what: &str, advice: &str| Obstacle { what: what.to_owned(), advice: advice.to_owned() };
         let excluded = match &labels.opted {
             Opted::In if context.self_id.as_deref() == Some(self.id.as_str()) => {
-                Some("it is this proxy itself; remove its inference.enable label".to_owned())
+                Some(obstacle("it is this proxy itself", "remove the label inference.enable from the proxy"))
             }
-            Opted::In if self.is_own_port(&reach, context) => {
-                Some("its address and port are this proxy's own; set inference.port".to_owned())
-            }
+            Opted::In if self.is_own_port(&reach, context) => Some(obstacle(
+                "its address and port are this proxy's own",
+                "set inference.port to the port of the inference server",
+            )),
             Opted::In => None,
-            Opted::Out => Some("inference.enable says no".to_owned()),
-            Opted::Unclear(value) => Some(format!("inference.enable={value:?} is not understood; use true or false")),
+            Opted::Out => Some(obstacle(
+                "its label inference.enable says no",
+                "if that is not meant, create it anew with inference.enable=true",
+            )),
+            Opted::Unclear(value) => Some(obstacle(
+                &format!("its label inference.enable={value:?} is neither true nor false"),
+                "create it anew with inference.enable=true (1, yes and on do as well)",
+            )),
         };
+        // What is said already need not be said again.
+        let is_said = |name: &str| excluded.is_some() && name == labels::ENABLE;
+        let problems =
+            labels.problems.iter().filter(|problem| !is_said(&problem.name)).map(ToString::to_string).collect();
         Some(Endpoint {
             id: self.id.as_str().into(),
             name: self.name.clone(),
+            role: self.role(),
             image: self.image.clone(),
             incarnation: Incarnation(self.started_nanos),
             phase: self.phase,
             health: self.health,
             reach,
-            problems: labels.problems.iter().map(ToString::to_string).collect(),
+            problems,
             labels: labels.spec,
             excluded,
             stop_grace: self.stop_grace,
@@ -162,7 +184,7 @@ impl Inspected {
     }
 
     /// A container in host mode can be given the proxy's own address.
-    fn is_own_port(&self, reach: &Result<network::Reach, String>, context: &Context) -> bool {
+    fn is_own_port(&self, reach: &Result<network::Reach, Obstacle>, context: &Context) -> bool {
         let shares_host = matches!(self.wiring.mode, NetworkMode::Host);
         let proxy_on_host = match &context.vantage {
             Vantage::Host { .. } => true,
@@ -248,6 +270,18 @@ mod tests {
     }
 
     #[test]
+    fn containers_of_one_compose_service_or_of_one_name_stand_for_each_other() {
+        let role =
+            |change: fn(&mut serde_json::Value)| inspected(change).endpoint(&context()).unwrap().role.to_string();
+        assert_eq!(role(|_| {}), "vllm");
+        let service = |json: &mut serde_json::Value| {
+            json["Name"] = "/3f2a_app-llm-1".into();
+            json["Config"]["Labels"]["com.docker.compose.service"] = "llm".into();
+        };
+        assert_eq!(role(service), "app/llm");
+    }
+
+    #[test]
     fn a_running_container_becomes_an_endpoint() {
         let look = inspected(|_| {});
         let endpoint = look.endpoint(&context()).unwrap();
@@ -281,15 +315,15 @@ mod tests {
     #[test]
     fn what_must_not_be_routed_says_why() {
         let own = inspected(|json| json["Id"] = "self".into()).endpoint(&context()).unwrap();
-        assert!(own.excluded.unwrap().contains("this proxy itself"));
+        assert!(own.excluded.unwrap().what.contains("this proxy itself"));
         let odd = inspected(|json| json["Config"]["Labels"]["inference.enable"] = "maybe".into());
-        assert!(odd.endpoint(&context()).unwrap().excluded.unwrap().contains("maybe"));
+        assert!(odd.endpoint(&context()).unwrap().excluded.unwrap().what.contains("maybe"));
         let host = inspected(|json| {
             json["HostConfig"]["NetworkMode"] = "host".into();
             json["Config"]["Labels"]["inference.port"] = "8080".into();
         });
         let on_host = Context { vantage: Vantage::Host { on_link: Vec::new() }, ..context() };
-        assert!(host.endpoint(&on_host).unwrap().excluded.unwrap().contains("own"));
+        assert!(host.endpoint(&on_host).unwrap().excluded.unwrap().what.contains("own"));
         let unlabelled = inspected(|json| json["Config"]["Labels"] = serde_json::json!({}));
         assert!(unlabelled.endpoint(&context()).is_none());
     }

@@ -46,11 +46,14 @@ use self::{
     inspect::{Context, Inspected},
 };
 use super::{
-    Change, Discovery, DiscoveryError, Endpoint, Phase,
+    Change, Discovery, DiscoveryError, Endpoint, Looks, Phase,
     network::{NetworkMode, Vantage},
     signal::is_stop_notice,
 };
-use crate::config::DockerEndpoint;
+use crate::{
+    config::DockerEndpoint,
+    telemetry::metrics::{Metrics, PerWord},
+};
 
 const LOCAL_SOCKET: &str = "unix:///var/run/docker.sock";
 /// Time for one answer of the engine. `inspect` waits for the container's lock: seconds, with GPU hooks.
@@ -77,13 +80,14 @@ pub struct DockerDiscovery {
     endpoint: DockerEndpoint,
     default_network: Option<String>,
     own_ports: Vec<u16>,
+    metrics: Option<Arc<Metrics>>,
 }
 
 impl DockerDiscovery {
     /// Discovery by the engine at `endpoint`. `default_network` applies where a container names none; `own_ports` are those
     /// the proxy listens on, so that it cannot become its own backend.
     pub fn new(endpoint: DockerEndpoint, default_network: Option<String>, own_ports: Vec<u16>) -> DockerDiscovery {
-        DockerDiscovery { endpoint, default_network, own_ports }
+        DockerDiscovery { endpoint, default_network, own_ports, metrics: None }
     }
 }
 
@@ -92,8 +96,13 @@ impl Discovery for DockerDiscovery {
         "docker"
     }
 
-    fn changes(self: Box<Self>) -> BoxStream<'static, Result<Change, DiscoveryError>> {
-        futures::stream::unfold(Watcher::new(*self), |mut watcher| async move {
+    fn count_in(&mut self, metrics: &Arc<Metrics>) {
+        metrics.discovery.events.get_or_init(|| PerWord::new(event::ACTIONS));
+        self.metrics = Some(metrics.clone());
+    }
+
+    fn changes(self: Box<Self>, looks: Looks) -> BoxStream<'static, Result<Change, DiscoveryError>> {
+        futures::stream::unfold(Watcher::new(*self, looks), |mut watcher| async move {
             let change = watcher.next().await;
             Some((change, watcher))
         })
@@ -145,6 +154,7 @@ enum Heard {
 
 struct Watcher {
     settings: DockerDiscovery,
+    looks: Looks,
     engine: Option<Engine>,
     context: Context,
     tracks: HashMap<String, Track>,
@@ -169,7 +179,7 @@ struct Watcher {
 // === impl Watcher ===
 
 impl Watcher {
-    fn new(settings: DockerDiscovery) -> Watcher {
+    fn new(settings: DockerDiscovery, looks: Looks) -> Watcher {
         let context = Context {
             vantage: Vantage::Host { on_link: Vec::new() },
             self_id: None,
@@ -178,6 +188,7 @@ impl Watcher {
         };
         Watcher {
             settings,
+            looks,
             engine: None,
             context,
             tracks: HashMap::new(),
@@ -225,6 +236,7 @@ impl Watcher {
                     Finished::Looked { id, heard, outcome } => self.on_looked(id, heard, outcome),
                     Finished::Listed { ids, context } => self.on_listed(ids, context),
                 },
+                Some(id) = self.looks.recv() => self.look_at(&id),
                 () = sleep_until(self.list_at), if may_list => self.begin_list(),
             }
         }
@@ -304,7 +316,8 @@ impl Watcher {
         if !self.seen.is_new(&notice) {
             return;
         }
-        let Notice { id, mut kind, time_nanos, labelled } = notice;
+        self.count(&notice);
+        let Notice { id, mut kind, time_nanos, labelled, .. } = notice;
         // What happened before this process began may be long over, and no look could tell: a pause, for one. Only a stop
         // notice still counts, because no look shows it.
         if time_nanos < self.began_nanos && !matches!(kind, Kind::Signalled(_) | Kind::Ended) {
@@ -351,6 +364,19 @@ impl Watcher {
             }
         }
         self.look_at(&id);
+    }
+
+    fn count(&self, notice: &Notice) {
+        let Some(metrics) = &self.settings.metrics else { return };
+        if let Some(events) = metrics.discovery.events.get() {
+            events.increment(notice.action);
+        }
+        // What was asked for again from before this process began says nothing of how late events come.
+        if notice.time_nanos >= self.began_nanos {
+            let lag = OffsetDateTime::now_utc().unix_timestamp_nanos() - i128::from(notice.time_nanos);
+            // A remote engine's clock may be ahead.
+            metrics.discovery.event_lag.observe(Duration::from_nanos(u64::try_from(lag).unwrap_or(0)));
+        }
     }
 
     /// Containers that run in the network namespace of `owner` change with it.

@@ -49,6 +49,7 @@ struct FakeEngine {
     streams: mpsc::Receiver<Stream>,
     held: mpsc::Receiver<Held>,
     changes: BoxStream<'static, Result<Change, DiscoveryError>>,
+    wanted: mpsc::Sender<crate::discovery::EndpointId>,
     to_test: (mpsc::Sender<Stream>, mpsc::Sender<Held>),
 }
 
@@ -150,6 +151,7 @@ impl FakeEngine {
         let endpoint = DockerEndpoint { host, ..DockerEndpoint::default() };
         let (streams_sender, streams) = mpsc::channel(16);
         let (held_sender, held) = mpsc::channel(16);
+        let (wanted, looks) = mpsc::channel(16);
         let script = Script {
             containers: containers.iter().map(|id| (*id, container(id, "running"))).collect(),
             ..Script::default()
@@ -159,7 +161,8 @@ impl FakeEngine {
             script: Arc::new(Mutex::new(script)),
             streams,
             held,
-            changes: Box::new(DockerDiscovery::new(endpoint, None, Vec::new())).changes(),
+            changes: Box::new(DockerDiscovery::new(endpoint, None, Vec::new())).changes(looks),
+            wanted,
             to_test: (streams_sender, held_sender),
         }
     }
@@ -255,6 +258,19 @@ impl Held {
     async fn release(mut self) {
         let _ = self.connection.write_all(self.answer.as_bytes()).await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_is_asked_for_is_looked_at_at_once() {
+    let (mut engine, _stream) = FakeEngine::synced(&["a", "b"]).await;
+    let since = Instant::now();
+    engine.change(|script| {
+        script.containers.remove("a");
+    });
+    engine.wanted.send("nobody".into()).await.unwrap();
+    engine.wanted.send("a".into()).await.unwrap();
+    assert_eq!(engine.next().await, "ended a", "no event has told");
+    assert!(since.elapsed() < Duration::from_secs(1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -450,7 +466,7 @@ async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
         DockerEndpoint { host: Some(format!("unix://{}", engine.path.display())), ..DockerEndpoint::default() };
     let client = Engine::connect(&endpoint).unwrap();
     let candidates = || vec!["short".to_owned(), "self".to_owned()];
-    let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new())).context;
+    let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new()), mpsc::channel(1).1).context;
     let in_app = |context: &Context| match &context.vantage {
         Vantage::Container { attachments, .. } => attachments.iter().any(|network| network.name == "app"),
         Vantage::Host { .. } => false,

@@ -215,14 +215,15 @@ impl Proxy {
         eventually(&what, within, async || self.chat(model).await.ok().filter(|answer| answer.status == status)).await
     }
 
-    /// Why `/status` says that a container, found by its name or id, is not routed, and what is odd about its labels; empty
+    /// Why `/status` says that a container, found by its name or id, is not routed, what to change, and what is odd about its
+    /// labels; empty
     /// when it is routed and all is well, `None` when it is not there.
     pub(crate) async fn reason_for(&self, container: &str) -> Option<String> {
         let status = self.get("/status").await.ok()?.json();
         let containers = status["containers"].as_array()?;
         let found = containers.iter().find(|entry| entry["name"] == container || entry["id"] == container)?;
         let problems = found["problems"].as_array().into_iter().flatten();
-        let texts = std::iter::once(&found["reason"]).chain(problems).filter_map(Value::as_str);
+        let texts = [&found["reason"], &found["advice"]].into_iter().chain(problems).filter_map(Value::as_str);
         Some(texts.collect::<Vec<_>>().join("; "))
     }
 

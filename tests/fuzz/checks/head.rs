@@ -205,7 +205,14 @@ fn check_request(bytes: &[u8]) {
             let base_path = base_path.filter(|_| head.path().starts_with("/v1/"));
             for client_ip in ["192.0.2.7", "2001:db8::7"] {
                 let client_ip = client_ip.parse().expect("an address must be one");
-                let to = ToBackend { base_path, authority: "10.0.0.1:8000", client_ip, request_id: b"id-1", upgrades };
+                let to = ToBackend {
+                    base_path,
+                    authority: "10.0.0.1:8000",
+                    client_ip,
+                    request_id: b"id-1",
+                    trace: None,
+                    upgrades,
+                };
                 let (mut out, mut out_again) = (Vec::new(), Vec::new());
                 push_request(&mut out, &head, &to);
                 push_request(&mut out_again, &again, &to);

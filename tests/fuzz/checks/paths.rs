@@ -39,6 +39,7 @@ pub fn check(input: &[u8]) {
             authority: "10.0.0.1:8000",
             client_ip: [192, 0, 2, 7].into(),
             request_id: b"id-1",
+            trace: None,
             upgrades: false,
         };
         let mut out = Vec::new();

@@ -20,7 +20,7 @@ use inference_proxy::{
     app::App,
     config::Config,
     discovery::{
-        Change, Discovery, DiscoveryError,
+        Change, Discovery, DiscoveryError, Looks,
         fixed::{self, EndpointBuilder, FixedHandle},
     },
 };
@@ -58,6 +58,7 @@ pub(crate) struct TestApp {
 #[derive(Clone)]
 pub(crate) struct Spec {
     name: &'static str,
+    role: &'static str,
     addr: SocketAddr,
     labels: Vec<(&'static str, String)>,
     image: Option<&'static str>,
@@ -86,7 +87,7 @@ impl Discovery for LateScan {
         "late"
     }
 
-    fn changes(self: Box<Self>) -> BoxStream<'static, Result<Change, DiscoveryError>> {
+    fn changes(self: Box<Self>, _looks: Looks) -> BoxStream<'static, Result<Change, DiscoveryError>> {
         let scan = async move {
             self.gate.passed().await;
             Ok(Change::Reset(self.found.into_iter().map(Into::into).collect()))
@@ -104,7 +105,7 @@ impl Spec {
     }
 
     pub(crate) fn at(name: &'static str, addr: SocketAddr) -> Self {
-        Self { name, addr, labels: Vec::new(), image: None, health: Health::Healthy, incarnation: 1 }
+        Self { name, role: name, addr, labels: Vec::new(), image: None, health: Health::Healthy, incarnation: 1 }
     }
 
     pub(crate) fn label(mut self, name: &'static str, value: impl ToString) -> Self {
@@ -114,6 +115,12 @@ impl Spec {
 
     pub(crate) fn image(mut self, image: &'static str) -> Self {
         self.image = Some(image);
+        self
+    }
+
+    /// Sets what it stands for; its name, if not set.
+    pub(crate) fn role(mut self, role: &'static str) -> Self {
+        self.role = role;
         self
     }
 
@@ -128,7 +135,8 @@ impl Spec {
     }
 
     fn build(self) -> EndpointBuilder {
-        let mut endpoint = fixed::endpoint(self.name, self.addr).health(self.health).incarnation(self.incarnation);
+        let mut endpoint =
+            fixed::endpoint(self.name, self.addr).role(self.role).health(self.health).incarnation(self.incarnation);
         for (name, value) in &self.labels {
             endpoint = endpoint.label(name, value);
         }

@@ -1,8 +1,9 @@
 //! A backend on raw TCP that does what a script says, and writes down everything that reaches it.
 //!
-//! It answers the proxy's own probes (`GET …/models` and `GET /health`) by itself and keeps them apart, so that a test
-//! sees the requests that were forwarded and nothing else. A script may hold, break the framing, reset, or never answer.
-//! It notices the proxy's hang-up at any time, also while it holds an answer back and bytes are waiting to be read.
+//! It answers the proxy's own questions (`GET …/models`, `GET /health` and `GET /metrics`) by itself and keeps them apart,
+//! so that a test sees the requests that were forwarded and nothing else. A script may hold, break the framing, reset, or
+//! never answer. It notices the proxy's hang-up at any time, also while it holds an answer back and bytes are waiting to
+//! be read.
 
 use std::{
     collections::VecDeque,
@@ -94,6 +95,9 @@ struct State {
     health: u16,
     always: Script,
     scripts: VecDeque<Script>,
+    metrics: Script,
+    /// When metrics were asked for.
+    scrapes: Vec<Instant>,
     probes: usize,
     probes_held: Gate,
     received: Vec<Received>,
@@ -104,6 +108,8 @@ struct State {
 struct Connection {
     /// When the proxy ended it.
     closed_at: Option<Instant>,
+    /// One of the two ends has ended it.
+    is_over: bool,
 }
 
 /// One connection being served.
@@ -143,6 +149,8 @@ impl Upstream {
             health: 200,
             always: json_reply(&format!(r#"{{"object":"chat.completion","served_by":"{name}"}}"#)),
             scripts: VecDeque::new(),
+            metrics: reply("404 Not Found", "", ""),
+            scrapes: Vec::new(),
             probes: 0,
             probes_held: Gate::open_one(),
             received: Vec::new(),
@@ -161,6 +169,16 @@ impl Upstream {
     /// Answers `GET /health` with this status from now on.
     pub(crate) fn set_health(&self, status: u16) {
         self.state().health = status;
+    }
+
+    /// Answers `GET /metrics` so from now on; before that, there is no such page.
+    pub(crate) fn set_metrics(&self, script: Script) {
+        self.state().metrics = script;
+    }
+
+    /// When metrics were asked for, each time.
+    pub(crate) fn scrapes(&self) -> Vec<Instant> {
+        self.state().scrapes.clone()
     }
 
     /// Answers probes only once the gate is open.
@@ -194,6 +212,11 @@ impl Upstream {
         used.sort_unstable();
         used.dedup();
         used.len()
+    }
+
+    /// How many connections are open, those of the proxy's own questions too.
+    pub(crate) fn open_connections(&self) -> usize {
+        self.state().connections.iter().filter(|connection| !connection.is_over).count()
     }
 
     /// Whether any request has come in whole.
@@ -336,6 +359,11 @@ impl Session<'_> {
             };
             self.current = None;
             return vec![Step::Hold(state.probes_held.clone()), Step::Send(answer.into()), Step::Close];
+        }
+        if head.word(0) == "GET" && path == "/metrics" {
+            state.scrapes.push(Instant::now());
+            self.current = None;
+            return state.metrics.clone();
         }
         self.current = Some(state.received.len());
         let body = Body::new(head.request_framing());
@@ -567,6 +595,7 @@ async fn serve(shared: Arc<Shared>, stream: TcpStream) {
         () = session.run() => {}
         () = shared.killed.passed() => reset_on_drop(&stream),
     }
+    shared.state().connections[id].is_over = true;
 }
 
 /// Waits until the other end has closed, without reading: what it sent before stays where it is.

@@ -1,0 +1,322 @@
+//! A place on a backend for one request: whose, and what if there is none at the moment.
+//!
+//! A place is claimed on the member that the policy picks. If every replica is full or has asked to be spared, or none is
+//! ready but one is starting, the request waits in the line of its model ([`crate::waiting`]), for a bounded time and
+//! behind a bounded number of others, until it is called: by whoever gives a place back, by control when it has published
+//! another table, or by the clock when a replica has rested.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, timeout_at};
+
+use super::{
+    NoAnswer, Proxy, bounded,
+    client::{Client, Transport},
+    exchange::Exchange,
+    makers::Maker,
+    paths,
+};
+use crate::{
+    backend::{Backend, InFlight, Member, Model},
+    balance::{self, NoPlace},
+    config::Config,
+    error::ProxyError,
+    replay::Replay,
+    scan::Prompt,
+    table::Lookup,
+    waiting::Whom,
+};
+
+/// Shortest nap of a request that waits for a rested replica.
+const NAP_MIN: Duration = Duration::from_millis(1);
+
+/// Where a request is served.
+#[derive(Debug)]
+pub(super) struct Place {
+    pub(super) in_flight: InFlight,
+    /// Nobody else could serve it.
+    pub(super) is_the_only_one: bool,
+}
+
+/// How requests wait: `PROXY_QUEUE_MAX` and `PROXY_QUEUE_TIMEOUT`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Queue {
+    max: usize,
+    timeout: Duration,
+}
+
+/// Who can serve a request.
+#[derive(Debug, Clone)]
+pub(super) enum Wanted<'r> {
+    /// Any member of this model's pool, but for those that have been tried.
+    AnyOf { model: &'r str, tried: &'r [Arc<Backend>], prompt_bytes: u64, prompt: Option<&'r Prompt> },
+    /// This one alone.
+    Only(Arc<Member>),
+}
+
+/// Why there is no place now.
+#[derive(Debug)]
+enum Delay {
+    /// There will be none soon.
+    No(ProxyError),
+    /// There may be one soon.
+    Wait {
+        model: Arc<Model>,
+        /// A replica will have rested by then.
+        rest: Option<Duration>,
+        /// What the client is told if it cannot wait any longer.
+        otherwise: ProxyError,
+    },
+}
+
+impl<'r> Wanted<'r> {
+    /// Any member of the pool of `model` whose backend is not in `tried`, for this request.
+    pub(super) fn any_of(
+        model: &'r str,
+        tried: &'r [Arc<Backend>],
+        replay: &'r Replay,
+        exchange: &Exchange<'_>,
+    ) -> Wanted<'r> {
+        let prompt_bytes = exchange.body_bytes(replay.seen_bytes());
+        Wanted::AnyOf { model, tried, prompt_bytes, prompt: replay.prompt() }
+    }
+
+    fn whom(&self) -> Whom {
+        match self {
+            Wanted::Only(member) => Whom::Only(member.backend.serial),
+            Wanted::AnyOf { tried, .. } => tried.last().map_or(Whom::Anybody, |last| Whom::AnybodyBut(last.serial)),
+        }
+    }
+}
+
+impl Queue {
+    pub(super) fn new(config: &Config) -> Queue {
+        // Either knob turns waiting off.
+        let max = if config.queue_timeout.is_zero() { 0 } else { config.queue_max };
+        Queue { max, timeout: config.queue_timeout }
+    }
+}
+
+thread_local! {
+    static RNG: std::cell::RefCell<fastrand::Rng> = std::cell::RefCell::new(fastrand::Rng::new());
+}
+
+impl Proxy {
+    /// Claims a place for a request that names `model`: on the backend that made the answer that is continued, if it still
+    /// serves the model, else on the best.
+    pub(super) async fn choose<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        model: &str,
+        replay: &Replay,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Place, NoAnswer> {
+        if let Some(Maker::Here(member)) = replay.continues().map(|id| self.makers.of(id))
+            && *member.model.id == *model
+            && member.model.waiting.may_pass(Whom::Anybody)
+            && let Ok(in_flight) = member.try_acquire(Instant::now())
+        {
+            if let Some((affinity, prompt)) = self.affinity.as_ref().zip(replay.prompt()) {
+                affinity.learn(prompt, in_flight.backend().serial);
+            }
+            let in_flight = in_flight.expects(self.balance, exchange.body_bytes(replay.seen_bytes()), Instant::now());
+            exchange.served_by(&in_flight);
+            in_flight.model().retries.pay_in();
+            return Ok(Place { in_flight, is_the_only_one: false });
+        }
+        let wanted = Wanted::any_of(model, &[], replay, exchange);
+        let in_flight = self.claim(client, &wanted, exchange).await?;
+        in_flight.model().retries.pay_in();
+        Ok(Place { in_flight, is_the_only_one: false })
+    }
+
+    /// Claims a place for a request that names no model: on the backend that made the answer it is about, else on the
+    /// only one there is.
+    pub(super) async fn choose_unnamed<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        path: &str,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Place, NoAnswer> {
+        let member = self.meant_by(path)?;
+        let in_flight = self.claim(client, &Wanted::Only(member), exchange).await?;
+        Ok(Place { in_flight, is_the_only_one: true })
+    }
+
+    /// Who is meant by a request that names no model.
+    fn meant_by(&self, path: &str) -> Result<Arc<Member>, ProxyError> {
+        let id = paths::answer_id(path);
+        match id.as_deref().map(|id| (self.makers.of(id), id)) {
+            Some((Maker::Here(member), _)) => Ok(member),
+            Some((Maker::Gone, id)) => Err(ProxyError::AnswerGone { id: bounded(id) }),
+            Some((Maker::Unknown, _)) | None => {
+                let table = self.table.snapshot();
+                match table.only_backend() {
+                    Some(only) => Ok(only.clone()),
+                    None if table.routes().iter().all(|route| route.members.is_empty()) => Err(ProxyError::NoBackend),
+                    None => Err(nobody_meant(id.as_deref())),
+                }
+            }
+        }
+    }
+
+    /// Claims a place now, or waits for one.
+    pub(super) async fn claim<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        wanted: &Wanted<'_>,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<InFlight, NoAnswer> {
+        match self.try_claim(wanted, false, exchange) {
+            Ok(in_flight) => Ok(in_flight),
+            Err(Delay::No(error)) => Err(error.into()),
+            Err(Delay::Wait { model, otherwise, .. }) => {
+                // Seldom, and large: not part of every request's state.
+                Box::pin(self.wait(client, wanted, &model, otherwise, exchange)).await
+            }
+        }
+    }
+
+    /// Claims a place now, if there is one, without waiting.
+    pub(super) fn claim_at_once(&self, wanted: &Wanted<'_>, exchange: &mut Exchange<'_>) -> Option<InFlight> {
+        self.try_claim(wanted, false, exchange).ok()
+    }
+
+    /// Waits in the line of `model`. `otherwise`: what the client is told when it may not wait, or not any longer.
+    async fn wait<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        wanted: &Wanted<'_>,
+        model: &Arc<Model>,
+        mut otherwise: ProxyError,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<InFlight, NoAnswer> {
+        let Some(ticket) = model.waiting.join(self.queue.max, wanted.whom()) else {
+            return Err(otherwise.into());
+        };
+        let began = Instant::now();
+        exchange.is_in_line = true;
+        let deadline = began + self.queue.timeout;
+        exchange.trace.queued(model.waiting.len());
+        let waited = loop {
+            let mut until = deadline;
+            if ticket.is_first() {
+                self.ask_to_be_called(wanted, model);
+                match self.try_claim(wanted, true, exchange) {
+                    Ok(in_flight) => break Ok(in_flight),
+                    Err(Delay::No(error)) => break Err(error.into()),
+                    Err(Delay::Wait { rest, otherwise: now_otherwise, .. }) => {
+                        otherwise = now_otherwise;
+                        if let Some(rest) = rest {
+                            until = deadline.min(Instant::now() + rest.max(NAP_MIN));
+                        }
+                    }
+                }
+            }
+            if Instant::now() >= deadline {
+                break Err(otherwise.into());
+            }
+            if let Err(gone) = client.unless_gone(timeout_at(until, ticket.called())).await {
+                break Err(gone.into());
+            }
+        };
+        let elapsed = began.elapsed();
+        // Whose client has left has left the line.
+        exchange.is_in_line = waited.is_err();
+        exchange.has_waited(elapsed);
+        model.metrics.queue_wait.observe(elapsed);
+        exchange.trace.dequeued(elapsed);
+        waited
+    }
+
+    /// Whoever gives back a place that would do calls the first in the line of `model`.
+    fn ask_to_be_called(&self, wanted: &Wanted<'_>, model: &Arc<Model>) {
+        match wanted {
+            Wanted::Only(member) => member.backend.call_when_free(model),
+            Wanted::AnyOf { model: name, .. } => {
+                let table = self.table.snapshot();
+                if let Lookup::Ready(route) = table.lookup(name) {
+                    for member in &route.members {
+                        member.backend.call_when_free(model);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One try. Whoever is not first in line (`is_first`) does not get past a line.
+    fn try_claim(&self, wanted: &Wanted<'_>, is_first: bool, exchange: &mut Exchange<'_>) -> Result<InFlight, Delay> {
+        let now = Instant::now();
+        let may_change = matches!(wanted, Wanted::AnyOf { .. });
+        let table;
+        let (model, members, asked) = match wanted {
+            Wanted::Only(member) => (&member.model, std::slice::from_ref(member), balance::Wanted::default()),
+            Wanted::AnyOf { model: name, tried, prompt_bytes, prompt } => {
+                let affinity = self.affinity.as_ref().zip(*prompt);
+                let asked = balance::Wanted { tried, affinity, prompt_bytes: *prompt_bytes };
+                table = self.table.snapshot();
+                if let Some((affinity, _)) = affinity {
+                    affinity.follow(table.generation, table.backends().iter().map(|backend| backend.serial));
+                }
+                let unavailable = |why| ProxyError::ModelUnavailable { model: bounded(name), why };
+                match table.lookup(name) {
+                    Lookup::Ready(route) => (&route.model, &*route.members, asked),
+                    Lookup::NoneReady(route) => {
+                        exchange.model = Some(route.model.clone());
+                        let otherwise = unavailable(route.why_not_ready);
+                        let model = route.model.clone();
+                        return Err(match route.is_coming {
+                            true => Delay::Wait { model, rest: None, otherwise },
+                            false => Delay::No(otherwise),
+                        });
+                    }
+                    // Who has waited knew it when it came.
+                    Lookup::Unknown if is_first => return Err(Delay::No(unavailable("its container has gone"))),
+                    Lookup::Unknown => {
+                        self.table.report_miss();
+                        exchange.trace.missed(name);
+                        return Err(Delay::No(ProxyError::ModelNotFound { model: bounded(name) }));
+                    }
+                }
+            }
+        };
+        let claimed = if is_first || model.waiting.may_pass(wanted.whom()) {
+            RNG.with_borrow_mut(|rng| balance::claim(members, self.balance, &asked, rng, now))
+        } else {
+            Err(NoPlace::Busy { rest: None })
+        };
+        match claimed {
+            Ok(in_flight) => {
+                exchange.served_by(&in_flight);
+                Ok(in_flight)
+            }
+            Err(why) => {
+                exchange.model = Some(model.clone());
+                let stopping = || ProxyError::ModelUnavailable { model: bounded(&model.id), why: "it is stopping" };
+                let model = model.clone();
+                Err(match why {
+                    NoPlace::Busy { rest } => {
+                        let what = format!("every backend of `{}` is full or overloaded", bounded(&model.id));
+                        Delay::Wait { model, rest, otherwise: ProxyError::Overloaded { what, retry_after: rest } }
+                    }
+                    // The table is out of date; the next one, which is on its way, tells whether there is any hope.
+                    NoPlace::Nobody if may_change && members.iter().all(|member| member.backend.is_closed()) => {
+                        Delay::Wait { model, rest: None, otherwise: stopping() }
+                    }
+                    NoPlace::Nobody => Delay::No(stopping()),
+                })
+            }
+        }
+    }
+}
+
+/// The error for a request that could be for any of several backends.
+fn nobody_meant(id: Option<&str>) -> ProxyError {
+    let what = match id {
+        Some(id) => format!("no answer `{}` has been made through this proxy", bounded(id)),
+        None => "the request names no model".to_owned(),
+    };
+    let message =
+        format!("{what}, and several backends are live: name one's model in the body, or in the query as `?model=`");
+    ProxyError::BadRequest { code: "model_required", message }
+}

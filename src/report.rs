@@ -1,0 +1,303 @@
+//! Tells every metric, from the instruments and the live table, to whoever asks.
+//!
+//! `/metrics` and OTLP are two [`Report`]s of the same telling, so neither can know what the other does not, and nothing is
+//! recorded twice. What is told of models and backends is what the table holds at that moment: their series go with them.
+//! A histogram of a model appears with the first value in it, so a backend that announces a thousand models nobody uses
+//! does not swell the page.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
+
+use tokio::time::Instant;
+
+use crate::{
+    breaker::State,
+    scan::Finish,
+    table::{Route, RoutingTable, TableReader},
+    telemetry::{
+        exposition::Report,
+        families::{self, Family},
+        metrics::{Histogram, Metrics, ModelMetrics, PerWord},
+        process::Usage,
+    },
+};
+
+/// What tells the metrics.
+#[derive(Debug, Clone)]
+pub struct Reporter {
+    /// What is live.
+    pub table: TableReader,
+    /// Instruments that belong to no model.
+    pub metrics: Arc<Metrics>,
+}
+
+/// The model in series of requests whose model nobody knows.
+pub const UNKNOWN_MODEL: &str = "_unknown";
+
+impl Reporter {
+    /// Tells every metric, in the order of [`families::ALL`].
+    pub fn tell(&self, to: &mut impl Report) {
+        let table = self.table.snapshot();
+        // A backend that calls its model as we call none would make series twice.
+        let routes: Vec<&Route> =
+            table.routes().into_iter().filter(|route| &*route.model.id != UNKNOWN_MODEL).collect();
+        let models = routes.iter().map(|route| (&*route.model.id, &route.model.metrics));
+        let models: Vec<(&str, &ModelMetrics)> = models.chain([(UNKNOWN_MODEL, &self.metrics.unknown)]).collect();
+        tell_models(&models, to);
+        to.family(&families::QUEUE_DEPTH);
+        for route in &routes {
+            to.sample(&[("model", &route.model.id)], route.model.waiting.len().into());
+        }
+        per_model(&families::QUEUE_WAIT, &models, |metrics| &metrics.queue_wait, to);
+        self.tell_requests(to);
+        tell_backends(&table, to);
+        self.tell_lives(to);
+        self.tell_discovery(to);
+        tell_process(to);
+    }
+
+    /// Requests of all models together.
+    fn tell_requests(&self, to: &mut impl Report) {
+        let metrics = &self.metrics;
+        to.family(&families::OVERHEAD);
+        to.histogram(&[], &metrics.overhead);
+        per_word(&families::REJECTED, &metrics.rejected, to);
+        to.family(&families::RETRIES);
+        for (why, count) in metrics.retries() {
+            to.sample(&[("reason", &why.as_str())], count.into());
+        }
+        per_word(&families::DISCONNECTS, &metrics.disconnects, to);
+        per_word(&families::CUTS, &metrics.cuts, to);
+        // In this order: what is closed between the two reads has been accepted before.
+        let closed = metrics.clients_closed.get();
+        let accepted = metrics.clients_accepted.get();
+        to.family(&families::CLIENTS);
+        to.sample(&[], accepted.saturating_sub(closed).into());
+        to.family(&families::CLIENTS_ACCEPTED);
+        to.sample(&[], accepted.into());
+        to.family(&families::UPSTREAM_CONNECTIONS);
+        to.sample(&[("kind", &"opened")], metrics.upstream_opened.get().into());
+        to.sample(&[("kind", &"reused")], metrics.upstream_reused.get().into());
+    }
+
+    /// Containers and what becomes of them.
+    fn tell_lives(&self, to: &mut impl Report) {
+        let metrics = &self.metrics;
+        to.family(&families::BACKENDS);
+        for (state, count) in metrics.backends.each().filter(|(state, _)| *state != "gone") {
+            to.sample(&[("state", &state)], count.into());
+        }
+        per_word(&families::TRANSITIONS, &metrics.transitions, to);
+        to.family(&families::DRAINS);
+        to.histogram(&[], &metrics.drains);
+        to.family(&families::PROBES);
+        to.histogram(&[], &metrics.probes);
+        per_word(&families::PROBE_FAILURES, &metrics.probe_failures, to);
+        to.family(&families::TABLE_UPDATES);
+        for (action, count) in metrics.table_updates() {
+            to.sample(&[("action", &action)], count.into());
+        }
+    }
+
+    fn tell_discovery(&self, to: &mut impl Report) {
+        let discovery = &self.metrics.discovery;
+        to.family(&families::CONNECTED);
+        to.sample(&[], u64::from(discovery.connected.load(Relaxed)).into());
+        to.family(&families::LAST_SYNC);
+        #[allow(clippy::cast_precision_loss)] // exact for the next 200 000 years
+        to.sample(&[], (discovery.last_sync_ms.load(Relaxed) as f64 / 1e3).into());
+        to.family(&families::EVENTS);
+        for (action, count) in discovery.events.get().into_iter().flat_map(PerWord::each) {
+            to.sample(&[("action", &action)], count.into());
+        }
+        to.family(&families::EVENT_LAG);
+        to.histogram(&[], &discovery.event_lag);
+    }
+}
+
+fn tell_models(models: &[(&str, &ModelMetrics)], to: &mut impl Report) {
+    to.family(&families::REQUESTS);
+    for (model, metrics) in models {
+        metrics.requests.each(|status, count| to.sample(&[("model", model), ("status", status)], count.into()));
+    }
+    per_model(&families::DURATION, models, |metrics| &metrics.duration, to);
+    per_model(&families::FIRST_TOKEN, models, |metrics| &metrics.time_to_first_token, to);
+    per_model(&families::PER_TOKEN, models, |metrics| &metrics.time_per_output_token, to);
+    to.family(&families::TOKENS);
+    for (model, metrics) in models {
+        let tokens = &metrics.tokens;
+        for (kind, count) in [
+            ("input", tokens.input.total()),
+            ("cached_input", tokens.cached_input.get()),
+            ("output", tokens.output.total()),
+            ("reasoning", tokens.reasoning.get()),
+        ] {
+            to.sample(&[("model", model), ("type", &kind)], count.into());
+        }
+    }
+    to.family(&families::REQUEST_TOKENS);
+    for (model, metrics) in models {
+        for (kind, histogram) in [("input", &metrics.tokens.input), ("output", &metrics.tokens.output)] {
+            if !histogram.is_empty() {
+                to.histogram(&[("model", model), ("type", &kind)], histogram);
+            }
+        }
+    }
+    to.family(&families::FINISHES);
+    for (model, metrics) in models {
+        for (finish, counter) in Finish::ALL.iter().zip(&metrics.finishes).filter(|(_, counter)| counter.get() > 0) {
+            to.sample(&[("model", model), ("reason", &finish.as_str())], counter.get().into());
+        }
+    }
+    per_model(&families::REQUEST_BYTES, models, |metrics| &metrics.request_bytes, to);
+    per_model(&families::RESPONSE_BYTES, models, |metrics| &metrics.response_bytes, to);
+}
+
+/// Names of containers are their own only at one moment: the old one and the new one of a replacement may bear the same,
+/// and count as one while both are there.
+fn tell_backends(table: &RoutingTable, to: &mut impl Report) {
+    let mut in_flight: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    for member in table.members() {
+        *in_flight.entry((&member.backend.spec.name, &member.model.id)).or_default() += member.in_flight() as u64;
+    }
+    let now = Instant::now();
+    let mut loads: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut breakers: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+    for backend in table.backends() {
+        let state = match backend.breaker.state() {
+            State::Closed => 0,
+            State::HalfOpen => 1,
+            State::Open => 2,
+        };
+        if let Some(load) = backend.reported.estimate(backend.in_flight(), now) {
+            *loads.entry(&backend.spec.name).or_default() += load;
+        }
+        let (worst, trips) = breakers.entry(&backend.spec.name).or_default();
+        *worst = (*worst).max(state);
+        *trips += backend.trips.get();
+    }
+    to.family(&families::INFLIGHT);
+    for ((backend, model), count) in &in_flight {
+        to.sample(&[("backend", backend), ("model", model)], (*count).into());
+    }
+    to.family(&families::LOAD);
+    for (backend, load) in &loads {
+        to.sample(&[("backend", backend)], (*load).into());
+    }
+    to.family(&families::BREAKER_STATE);
+    for (backend, (state, _)) in &breakers {
+        to.sample(&[("backend", backend)], (*state).into());
+    }
+    to.family(&families::BREAKER_TRIPS);
+    for (backend, (_, trips)) in &breakers {
+        to.sample(&[("backend", backend)], (*trips).into());
+    }
+    to.family(&families::ACTIVE);
+    to.sample(&[], table.backends().iter().filter(|backend| !backend.is_closed()).count().into());
+}
+
+fn tell_process(to: &mut impl Report) {
+    to.family(&families::BUILD);
+    to.sample(&[("version", &env!("CARGO_PKG_VERSION"))], 1_u64.into());
+    let usage = Usage::now();
+    let whole = |n: Option<u64>| n.map(Into::into);
+    for (family, value) in [
+        (&families::CPU, usage.cpu_seconds.map(Into::into)),
+        (&families::MEMORY, whole(usage.resident_bytes)),
+        (&families::FILES, whole(usage.files)),
+        (&families::FILES_MAX, whole(usage.files_max)),
+        (&families::STARTED, usage.started_seconds.map(Into::into)),
+    ] {
+        if let Some(value) = value {
+            to.family(family);
+            to.sample(&[], value);
+        }
+    }
+}
+
+fn per_model(
+    family: &'static Family,
+    models: &[(&str, &ModelMetrics)],
+    of: impl Fn(&ModelMetrics) -> &Histogram,
+    to: &mut impl Report,
+) {
+    to.family(family);
+    for (model, metrics) in models {
+        let histogram = of(metrics);
+        if !histogram.is_empty() {
+            to.histogram(&[("model", model)], histogram);
+        }
+    }
+}
+
+fn per_word(family: &'static Family, numbers: &PerWord, to: &mut impl Report) {
+    let label = family.labels.first().copied().unwrap_or_default();
+    to.family(family);
+    for (word, number) in numbers.each() {
+        to.sample(&[(label, &word)], number.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        backend::{Model, tests::member},
+        table,
+        telemetry::exposition::{Exposition, Labels, Value},
+    };
+
+    #[derive(Default)]
+    struct Order(Vec<&'static str>);
+
+    impl Report for Order {
+        fn family(&mut self, family: &'static Family) {
+            self.0.push(family.name);
+        }
+
+        fn sample(&mut self, _: &Labels<'_>, _: Value) {}
+
+        fn histogram(&mut self, _: &Labels<'_>, _: &Histogram) {}
+    }
+
+    #[test]
+    fn everything_in_the_table_is_told_once_and_in_its_order() {
+        let (_publisher, reader) = table::table();
+        let reporter = Reporter { table: reader, metrics: Arc::new(Metrics::default()) };
+        let mut order = Order::default();
+        reporter.tell(&mut order);
+        let all: Vec<&str> = families::ALL.iter().map(|family| family.name).collect();
+        assert_eq!(order.0, all);
+    }
+
+    #[test]
+    fn no_series_is_told_twice_whatever_containers_call_themselves() {
+        let (mut publisher, reader) = table::table();
+        let (old, new) = (member("web", 1, None), member("web", 1, None));
+        let _one = old.try_acquire(tokio::time::Instant::now()).unwrap();
+        let route = |id: &str| Route {
+            model: Model::new(id),
+            members: Box::default(),
+            object: None,
+            why_not_ready: "",
+            is_coming: false,
+        };
+        publisher.publish(RoutingTable::new(
+            vec![route("m"), route(UNKNOWN_MODEL)],
+            vec![old.backend.clone(), new.backend.clone()],
+            vec![old, new],
+        ));
+        let mut text = Exposition::default();
+        Reporter { table: reader, metrics: Arc::new(Metrics::default()) }.tell(&mut text);
+        let text = text.finish();
+        let mut series: Vec<&str> = text.lines().filter_map(|line| Some(line.rsplit_once(' ')?.0)).collect();
+        series.retain(|series| !series.starts_with('#'));
+        let all = series.len();
+        series.sort_unstable();
+        series.dedup();
+        assert_eq!(series.len(), all, "{text}");
+        assert!(text.contains("proxy_backend_inflight{backend=\"web\",model=\"m\"} 1\n"), "{text}");
+    }
+}

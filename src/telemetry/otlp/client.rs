@@ -1,0 +1,391 @@
+//! The way to a collector: one POST, or one unary gRPC call, over hyper.
+//!
+//! The SDK exports from a thread of its own, where no tokio runtime can be found: a client that needed one would panic
+//! there, and every later span would be lost in silence. So each request is a task on the proxy's runtime, and the SDK's
+//! thread waits for that task, which any thread may do.
+//!
+//! gRPC is that same POST with a frame of five bytes around the message and the outcome in trailers
+//! (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>); the SDK is told the outcome as an HTTP status, and
+//! repeats what may be repeated.
+
+use std::{
+    fmt, io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use futures::future::{Either, select};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use opentelemetry_http::{HttpClient, HttpError};
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse;
+use prost::Message as _;
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::OtlpError;
+use crate::config::otlp::{Collector, Protocol};
+
+/// Collectors answer with a few bytes.
+const ANSWER_BYTES_MAX: usize = 64 * 1024;
+/// Flag and length before a gRPC message.
+const FRAME_HEAD_BYTES: usize = 5;
+/// Least time between two complaints about one collector.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+/// The answer that the SDK gets once nothing is to be sent any more: one after which it does not try again.
+const CLOSED: StatusCode = StatusCode::GONE;
+
+type Connector = HttpsConnector<HttpConnector>;
+
+/// One kind of telemetry on its way to its collector. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct CollectorClient(Arc<Inner>);
+
+struct Inner {
+    /// `traces` or `metrics`.
+    what: &'static str,
+    collector: Collector,
+    http: Client<Connector, Full<Bytes>>,
+    runtime: Handle,
+    closing: CancellationToken,
+    reach: Mutex<Reach>,
+}
+
+/// Whether the collector takes what it is sent, as far as the log knows.
+#[derive(Debug, Default)]
+struct Reach {
+    failing: bool,
+    complained_at: Option<Instant>,
+}
+
+/// Why something was not taken. None of these names a header.
+#[derive(Debug, thiserror::Error)]
+enum SendError {
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    #[error("{0}")]
+    Broke(String),
+    #[error("it answered {0}")]
+    Status(StatusCode),
+    #[error("it answered with gRPC status {code}{message}")]
+    Grpc { code: u32, message: String },
+    #[error("it rejected {rejected} of what it was sent: {message}")]
+    Rejected { rejected: i64, message: String },
+}
+
+// === impl CollectorClient ===
+
+impl CollectorClient {
+    /// A client that works on `runtime` until `closing`. It keeps no connection between two exports, seconds or minutes
+    /// apart: there is none that could have died in the meantime.
+    ///
+    /// # Errors
+    /// The certificate cannot be used.
+    pub(super) fn new(
+        what: &'static str,
+        collector: Collector,
+        runtime: Handle,
+        closing: CancellationToken,
+    ) -> Result<CollectorClient, OtlpError> {
+        let builder = HttpsConnectorBuilder::new();
+        let builder = match &collector.certificate {
+            None => builder
+                .with_provider_and_webpki_roots(rustls::crypto::ring::default_provider())
+                .map_err(|error| OtlpError::Tls(error.to_string()))?,
+            Some(path) => {
+                let bad =
+                    |error: &dyn fmt::Display| OtlpError::Certificate { path: path.clone(), error: error.to_string() };
+                let mut roots = RootCertStore::empty();
+                for certificate in CertificateDer::pem_file_iter(path).map_err(|error| bad(&error))? {
+                    let certificate = certificate.map_err(|error| bad(&error))?;
+                    roots.add(certificate).map_err(|error| bad(&error))?;
+                }
+                if roots.is_empty() {
+                    return Err(bad(&"it holds no certificate"));
+                }
+                let provider = Arc::new(rustls::crypto::ring::default_provider());
+                let config =
+                    rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+                let config = config.map_err(|error| OtlpError::Tls(error.to_string()))?;
+                builder.with_tls_config(config.with_root_certificates(roots).with_no_client_auth())
+            }
+        };
+        let mut client = Client::builder(TokioExecutor::new());
+        client.pool_max_idle_per_host(0);
+        let http = match collector.protocol {
+            Protocol::Grpc => client.http2_only(true).build(builder.https_or_http().enable_http2().build()),
+            Protocol::HttpProtobuf => client.build(builder.https_or_http().enable_http1().build()),
+        };
+        Ok(CollectorClient(Arc::new(Inner { what, collector, http, runtime, closing, reach: Mutex::default() })))
+    }
+
+    /// Sends one message, which is compressed if `gzip` says so; to be called from any thread. What comes back is an
+    /// answer in the words of HTTP, whatever is spoken.
+    ///
+    /// # Errors
+    /// There was none.
+    pub(super) async fn send(&self, message: Bytes, gzip: bool) -> Result<Response<Bytes>, HttpError> {
+        let inner = self.0.clone();
+        let sending = self.0.runtime.spawn(async move { inner.send(message, gzip).await });
+        let abort = sending.abort_handle();
+        let closed = self.0.closing.cancelled();
+        tokio::pin!(sending, closed);
+        match select(sending, closed).await {
+            Either::Left((outcome, _)) => Ok(outcome??),
+            Either::Right(_) => {
+                abort.abort();
+                let mut response = Response::new(Bytes::new());
+                *response.status_mut() = CLOSED;
+                Ok(response)
+            }
+        }
+    }
+
+    /// Sends messages compressed, if that was asked for.
+    pub(super) fn wants_gzip(&self) -> bool {
+        self.0.collector.gzip
+    }
+}
+
+impl HttpClient for CollectorClient {
+    // What `#[async_trait]` makes of an async function.
+    fn send_bytes<'c, 'f>(
+        &'c self,
+        request: Request<Bytes>,
+    ) -> Pin<Box<dyn Future<Output = Result<Response<Bytes>, HttpError>> + Send + 'f>>
+    where
+        'c: 'f,
+        Self: 'f,
+    {
+        let gzip = request.headers().contains_key(header::CONTENT_ENCODING);
+        Box::pin(self.send(request.into_body(), gzip))
+    }
+}
+
+// === impl Inner ===
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CollectorClient").field("what", &self.what).field("collector", &self.collector).finish()
+    }
+}
+
+impl Inner {
+    async fn send(&self, message: Bytes, gzip: bool) -> Result<Response<Bytes>, SendError> {
+        let limit = self.collector.timeout;
+        let outcome = match timeout(limit, self.exchange(message, gzip)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(SendError::TimedOut(limit)),
+        };
+        match outcome {
+            Ok(response) => {
+                self.note(&refusal(&response));
+                Ok(response)
+            }
+            // An outcome of the call, not of the transport: the SDK decides by its status.
+            Err(error @ SendError::Grpc { code, .. }) => {
+                let mut response = Response::new(Bytes::new());
+                *response.status_mut() = http_status(code);
+                self.note(&Some(error));
+                Ok(response)
+            }
+            Err(error) => {
+                let error = Some(error);
+                self.note(&error);
+                error.map_or_else(|| Ok(Response::new(Bytes::new())), Err)
+            }
+        }
+    }
+
+    async fn exchange(&self, message: Bytes, gzip: bool) -> Result<Response<Bytes>, SendError> {
+        let broke = |error: &(dyn std::error::Error + 'static)| SendError::Broke(with_causes(error));
+        let response = self.http.request(self.request(message, gzip)?).await.map_err(|error| broke(&error))?;
+        let (parts, body) = response.into_parts();
+        let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| broke(error.as_ref()))?;
+        let trailers = body.trailers().cloned();
+        let bytes = body.to_bytes();
+        match self.collector.protocol {
+            Protocol::HttpProtobuf => Ok(Response::from_parts(parts, bytes)),
+            Protocol::Grpc => {
+                if parts.status != StatusCode::OK {
+                    return Ok(Response::from_parts(parts, Bytes::new()));
+                }
+                // An answer without a message says its status at once.
+                let status = trailers.as_ref().and_then(grpc_status).or_else(|| grpc_status(&parts.headers));
+                match status {
+                    Some((0, _)) => Ok(Response::new(bytes.slice(FRAME_HEAD_BYTES.min(bytes.len())..))),
+                    Some((code, message)) => Err(SendError::Grpc { code, message }),
+                    None => Err(SendError::Broke("it does not speak gRPC".to_owned())),
+                }
+            }
+        }
+    }
+
+    fn request(&self, message: Bytes, gzip: bool) -> Result<Request<Full<Bytes>>, SendError> {
+        let mut request = Request::post(self.collector.url.clone())
+            .header(header::USER_AGENT, concat!("inference-proxy/", env!("CARGO_PKG_VERSION")));
+        if let Some(headers) = request.headers_mut() {
+            headers.extend(self.collector.headers.0.iter().cloned());
+        }
+        let (request, body) = match self.collector.protocol {
+            Protocol::HttpProtobuf => {
+                let request = request.header(header::CONTENT_TYPE, "application/x-protobuf");
+                (if gzip { request.header(header::CONTENT_ENCODING, "gzip") } else { request }, message)
+            }
+            Protocol::Grpc => {
+                let milliseconds = self.collector.timeout.as_millis();
+                let request = request
+                    .header(header::CONTENT_TYPE, "application/grpc")
+                    .header(header::TE, "trailers")
+                    .header("grpc-timeout", format!("{milliseconds}m"));
+                let request = if gzip { request.header("grpc-encoding", "gzip") } else { request };
+                (request, frame(&message, gzip)?)
+            }
+        };
+        request.body(Full::new(body)).map_err(|error| SendError::Broke(error.to_string()))
+    }
+
+    /// Tells the log how it went, where that is news: at most once in a while, however often it fails.
+    fn note(&self, error: &Option<SendError>) {
+        let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
+        let (what, now) = (self.what, Instant::now());
+        let collector = self.collector.url.authority().map_or("?", |authority| authority.as_str());
+        match error {
+            Some(error) => {
+                reach.failing = true;
+                if reach.complained_at.is_none_or(|at| now.duration_since(at) >= COMPLAINT_INTERVAL) {
+                    reach.complained_at = Some(now);
+                    tracing::warn!(what, collector, %error, "telemetry does not get through; requests are served as ever");
+                } else {
+                    tracing::debug!(what, collector, %error, "telemetry does not get through");
+                }
+            }
+            None if std::mem::replace(&mut reach.failing, false) => {
+                tracing::info!(what, collector, "telemetry gets through again");
+            }
+            None => {}
+        }
+    }
+}
+
+// === helpers ===
+
+/// What a collector has against what it was sent.
+fn refusal(response: &Response<Bytes>) -> Option<SendError> {
+    if !response.status().is_success() {
+        return Some(SendError::Status(response.status()));
+    }
+    // The answers about traces and about metrics have the same form.
+    let answer = ExportTraceServiceResponse::decode(response.body().clone()).ok()?;
+    let partial = answer.partial_success.filter(|p| p.rejected_spans > 0 || !p.error_message.is_empty())?;
+    Some(SendError::Rejected { rejected: partial.rejected_spans, message: shown(&partial.error_message) })
+}
+
+fn frame(message: &Bytes, gzip: bool) -> Result<Bytes, SendError> {
+    let length = u32::try_from(message.len())
+        .map_err(|_| SendError::Broke("there is more to send than fits one message".to_owned()))?;
+    let mut framed = BytesMut::with_capacity(FRAME_HEAD_BYTES + message.len());
+    framed.put_u8(u8::from(gzip));
+    framed.put_u32(length);
+    framed.extend_from_slice(message);
+    Ok(framed.freeze())
+}
+
+fn grpc_status(headers: &HeaderMap) -> Option<(u32, String)> {
+    let code = headers.get("grpc-status")?.to_str().ok()?.parse().ok()?;
+    let message = headers.get("grpc-message").and_then(|message: &HeaderValue| message.to_str().ok());
+    Some((code, message.map_or_else(String::new, |message| format!(": {}", shown(message)))))
+}
+
+/// The HTTP status by which the SDK decides what it would decide by this status of gRPC
+/// (<https://opentelemetry.io/docs/specs/otlp/#failures>).
+fn http_status(code: u32) -> StatusCode {
+    const CANCELLED: u32 = 1;
+    const DEADLINE_EXCEEDED: u32 = 4;
+    const RESOURCE_EXHAUSTED: u32 = 8;
+    const ABORTED: u32 = 10;
+    const OUT_OF_RANGE: u32 = 11;
+    const UNAVAILABLE: u32 = 14;
+    const DATA_LOSS: u32 = 15;
+    match code {
+        RESOURCE_EXHAUSTED => StatusCode::TOO_MANY_REQUESTS,
+        CANCELLED | DEADLINE_EXCEEDED | ABORTED | OUT_OF_RANGE | UNAVAILABLE | DATA_LOSS => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
+        _ => StatusCode::BAD_REQUEST,
+    }
+}
+
+/// What a collector says, as far as it belongs into a log line.
+fn shown(text: &str) -> String {
+    text.chars().take(200).collect()
+}
+
+fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let also = error.to_string();
+        if !text.contains(&also) {
+            text = format!("{text}: {also}");
+        }
+        cause = error.source();
+    }
+    // Refusals are what users meet; the words above them say nothing more.
+    match io_cause(error) {
+        Some(io::ErrorKind::ConnectionRefused) => "nobody listens there".to_owned(),
+        _ => shown(&text),
+    }
+}
+
+fn io_cause(error: &(dyn std::error::Error + 'static)) -> Option<io::ErrorKind> {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.filter_map(|error| error.downcast_ref::<io::Error>()).last().map(io::Error::kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_say_length_and_compression() {
+        assert_eq!(&frame(&Bytes::from_static(b"abc"), false).unwrap()[..], b"\0\0\0\0\x03abc");
+        assert_eq!(&frame(&Bytes::from(vec![7; 258]), true).unwrap()[..6], b"\x01\0\0\x01\x02\x07");
+    }
+
+    #[test]
+    fn what_may_be_repeated_gets_a_status_that_is() {
+        for (code, status) in [(14, 503), (8, 429), (4, 503), (3, 400), (12, 400), (16, 400)] {
+            assert_eq!(http_status(code).as_u16(), status, "gRPC {code}");
+        }
+    }
+
+    #[test]
+    fn partial_success_is_a_refusal() {
+        use opentelemetry_proto::tonic::collector::trace::v1::ExportTracePartialSuccess;
+        let answer = |rejected_spans, message: &str| {
+            let partial = ExportTracePartialSuccess { rejected_spans, error_message: message.to_owned() };
+            let answer = ExportTraceServiceResponse { partial_success: Some(partial) };
+            refusal(&Response::new(answer.encode_to_vec().into())).map(|error| error.to_string())
+        };
+        assert_eq!(answer(0, ""), None);
+        assert_eq!(answer(3, "too old").as_deref(), Some("it rejected 3 of what it was sent: too old"));
+        assert!(refusal(&Response::new(Bytes::new())).is_none());
+        assert!(refusal(&Response::new(Bytes::from_static(b"<html>"))).is_none());
+    }
+}
