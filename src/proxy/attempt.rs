@@ -283,7 +283,7 @@ impl Attempt {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{net::SocketAddr, sync::Arc, time::Duration};
 
     use tokio::{
@@ -295,13 +295,14 @@ mod tests {
     use super::*;
     use crate::{http1::body::Framing, proxy::client::Closing, replay::BodyLimits, upstream::Upstream};
 
-    /// A client with the other end of its connection, and an attempt with the backend's end of its own.
-    async fn under_way() -> (Client<DuplexStream>, DuplexStream, Attempt, TcpStream) {
+    /// A client with the other end of its connection, which takes `room` bytes before they are read, and an attempt with
+    /// the backend's end of its own.
+    pub(in crate::proxy) async fn under_way(room: usize) -> (Client<DuplexStream>, DuplexStream, Attempt, TcpStream) {
         let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
         let upstream = Upstream::new(listener.local_addr().unwrap(), Duration::from_secs(60), 1);
         let lease = upstream.lease_fresh().await.unwrap();
         let (backend, _) = listener.accept().await.unwrap();
-        let (here, there) = tokio::io::duplex(64 * 1024);
+        let (here, there) = tokio::io::duplex(room);
         let closing = Closing::new(Arc::default(), CancellationToken::new().cancelled_owned());
         (Client::new(here, Vec::new(), closing), there, Attempt::new(lease, b"head".to_vec()), backend)
     }
@@ -312,7 +313,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stands_still_once_its_model_is_known_has_an_end() {
-        let (mut client, _there, mut attempt, _backend) = under_way().await;
+        let (mut client, _there, mut attempt, _backend) = under_way(64 * 1024).await;
         let (mut replay, head) = (replay(), RequestHead::default());
         let answer = attempt.answer(&mut client, &mut replay, &head, false, None);
         let stopped = tokio::time::timeout(Duration::from_secs(600), answer).await;

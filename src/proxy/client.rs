@@ -346,6 +346,23 @@ impl<S: Transport> Client<S> {
         std::future::poll_fn(|cx| self.poll_flush(cx)).await
     }
 
+    /// Sends all that waits to be sent, unless the client leaves before it has taken it. Tells `passed` each time whether
+    /// it has taken all.
+    ///
+    /// # Errors
+    /// The client has left.
+    pub async fn deliver(&mut self, mut passed: impl FnMut(bool)) -> Result<(), Gone> {
+        std::future::poll_fn(|cx| {
+            let flushed = self.poll_flush(cx);
+            passed(flushed.is_ready());
+            match flushed {
+                Poll::Pending => self.poll_gone(cx).map(Err),
+                taken @ Poll::Ready(_) => taken,
+            }
+        })
+        .await
+    }
+
     // --- the end ---
 
     /// Ends the connection in an orderly way: the client gets all that was sent to it, even if it is still sending.

@@ -49,7 +49,7 @@ use self::{
     headers::{Delivery, Persistence, ToBackend, ToClient},
     makers::Makers,
     paths::Target,
-    relay::{Cut, Relay, Relayed},
+    relay::{Cut, Relay, Relayed, Watch as _},
     respond::{discard, json, refuse_connection, respond},
 };
 use crate::{
@@ -696,8 +696,10 @@ impl Proxy {
                     drop(attempt);
                 }
                 exchange.no_longer_served();
-                exchange.end(Ending::Complete);
+                let is_taken = upgraded || client.deliver(|is_all| exchange.passed(is_all)).await.is_ok();
+                exchange.end(if is_taken { Ending::Complete } else { Ending::ClientGone });
                 match connection {
+                    _ if !is_taken => After::Abort { by_reset: false },
                     Persistence::Upgrade => After::Abort { by_reset: false },
                     Persistence::Close => After::Close,
                     Persistence::Unsaid | Persistence::KeepAlive => discard(client, replay.into_rest()).await,

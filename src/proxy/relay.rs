@@ -72,7 +72,7 @@ pub enum Cut {
 /// How the relaying of an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Relayed {
-    /// All of it has been sent.
+    /// All of it has come. What the client has not been sent yet is in its outbox.
     Complete,
     /// It was cut.
     Cut(Cut),
@@ -110,7 +110,11 @@ impl Relay {
         self.decoder.is_done() && !self.has_surplus
     }
 
-    /// Relays to the end, whatever end that is. What is left of the request goes on being sent meanwhile.
+    /// Relays until the backend has done its part, whatever end that is. What is left of the request goes on being sent
+    /// meanwhile.
+    ///
+    /// The last of a whole answer stays in the client's outbox: its connection and its place are free for the next request
+    /// before the client can know that there is room for one, and however slowly it reads.
     pub async fn run<S: Transport>(
         &mut self,
         client: &mut Client<S>,
@@ -130,15 +134,20 @@ impl Relay {
         watch: &mut impl Watch,
     ) -> Poll<Relayed> {
         loop {
-            if attempt.lease.is_cut() {
-                return Poll::Ready(Relayed::Cut(Cut::Stopped));
-            }
+            // The upload may have come to its end since the answer did.
+            let is_sent = attempt.is_sent(replay);
             if !attempt.inbound.is_empty() {
                 // What came together with the head goes out together with it.
                 let inbound = std::mem::take(&mut attempt.inbound);
-                if let Err(ended) = self.pass(cx, client, &inbound, watch) {
+                if let Err(ended) = self.pass(cx, client, &inbound, is_sent, watch) {
                     return Poll::Ready(ended);
                 }
+            }
+            if self.decoder.is_done() && is_sent {
+                return Poll::Ready(Relayed::Complete);
+            }
+            if attempt.lease.is_cut() {
+                return Poll::Ready(Relayed::Cut(Cut::Stopped));
             }
             let flushed = client.poll_flush(cx);
             watch.passed(flushed.is_ready());
@@ -149,7 +158,7 @@ impl Relay {
                 // Nothing more is read from the backend until the client has taken what there is.
                 Poll::Pending => return poll_client(cx, client, attempt, replay),
             }
-            match self.poll_backend(cx, client, attempt, watch) {
+            match self.poll_backend(cx, client, attempt, is_sent, watch) {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(ended)) => return Poll::Ready(ended),
                 Poll::Pending => {
@@ -170,6 +179,7 @@ impl Relay {
         cx: &mut Context<'_>,
         client: &mut Client<S>,
         attempt: &mut Attempt,
+        is_sent: bool,
         watch: &mut impl Watch,
     ) -> Poll<Result<(), Relayed>> {
         with_scratch(|scratch| {
@@ -178,7 +188,7 @@ impl Relay {
                     if let Some(silence) = &mut self.silence {
                         silence.timer.as_mut().reset(Instant::now() + silence.limit);
                     }
-                    self.pass(cx, client, &scratch[..n], watch)
+                    self.pass(cx, client, &scratch[..n], is_sent, watch)
                 }
                 Ok(_) if self.decoder.may_end_by_close() && !attempt.lease.is_cut() => {
                     self.decoder = BodyDecoder::new(Framing::Empty);
@@ -194,12 +204,13 @@ impl Relay {
         })
     }
 
-    /// Passes on what the backend has sent.
+    /// Passes on what the backend has sent. `is_sent`: it has all of the request.
     fn pass<S: Transport>(
         &mut self,
         cx: &mut Context<'_>,
         client: &mut Client<S>,
         bytes: &[u8],
+        is_sent: bool,
         watch: &mut impl Watch,
     ) -> Result<(), Relayed> {
         let before = self.decoder.clone();
@@ -222,17 +233,21 @@ impl Relay {
         };
         self.has_surplus |= consumed < bytes.len();
         let whole_chunks = self.is_chunked && before.is_between_chunks() && self.decoder.is_between_chunks();
-        let sent = match self.delivery {
-            Delivery::Chunked if whole_chunks && followed.is_ok() => client.poll_send(cx, &bytes[..consumed]),
+        let to_send = match self.delivery {
+            Delivery::Chunked if whole_chunks && followed.is_ok() => &bytes[..consumed],
             // Without framing between, there is one stretch of payload.
-            Delivery::AsIs => client.poll_send(cx, last_payload),
-            Delivery::UntilClose if !self.is_chunked => client.poll_send(cx, last_payload),
+            Delivery::AsIs => last_payload,
+            Delivery::UntilClose if !self.is_chunked => last_payload,
             Delivery::Chunked | Delivery::UntilClose => {
                 self.reframe(before, client.outbox(), &bytes[..consumed]);
-                Ok(())
+                &[]
             }
         };
-        sent.map_err(|Gone| Relayed::Gone)?;
+        if self.decoder.is_done() && is_sent {
+            client.outbox().extend_from_slice(to_send);
+        } else {
+            client.poll_send(cx, to_send).map_err(|Gone| Relayed::Gone)?;
+        }
         followed
     }
 
@@ -271,5 +286,43 @@ fn poll_client<S: Transport>(
     match replay.is_over() {
         true => client.poll_gone(cx).map(|Gone| Relayed::Gone),
         false => Poll::Pending,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::{http1::head::RequestHead, proxy::attempt::tests::under_way, replay::BodyLimits};
+
+    struct Nobody;
+
+    impl Watch for Nobody {
+        fn payload(&mut self, _payload: &[u8]) {}
+    }
+
+    #[tokio::test]
+    async fn an_answer_has_ended_when_it_has_come_however_slowly_it_is_read() {
+        let chunked = b"3e8\r\n".iter().chain(&[b'x'; 1000]).chain(b"\r\n0\r\n\r\n").copied().collect();
+        let cases: [(Framing, Delivery, Vec<u8>); 2] =
+            [(Framing::Length(1000), Delivery::AsIs, vec![b'x'; 1000]), (Framing::Chunked, Delivery::Chunked, chunked)];
+        for (framing, delivery, body) in cases {
+            let (mut client, mut reader, mut attempt, mut backend) = under_way(16).await;
+            let mut replay = Replay::new(Framing::Empty, None, &BodyLimits::new(u64::MAX, usize::MAX));
+            backend.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+            backend.write_all(&body).await.unwrap();
+            attempt.answer(&mut client, &mut replay, &RequestHead::default(), false, None).await.unwrap();
+            let mut relay = Relay::new(framing, delivery, None);
+            let mut watch = Nobody;
+            let relaying = relay.run(&mut client, &mut attempt, &mut replay, &mut watch);
+            let relayed = tokio::time::timeout(Duration::from_secs(5), relaying).await;
+            assert_eq!(relayed, Ok(Relayed::Complete), "{framing:?}");
+            assert!(client.has_unsent(), "the reader can hold sixteen bytes");
+            let mut read = vec![0; body.len()];
+            let (delivered, got) = tokio::join!(client.deliver(|_| {}), reader.read_exact(&mut read));
+            assert_eq!((delivered, got.is_ok()), (Ok(()), true), "{framing:?}");
+            assert_eq!(read, body, "{framing:?}");
+        }
     }
 }

@@ -434,6 +434,8 @@ async fn h02_more_than_an_answer_is_not_the_next_answer() {
                 let next = client.ask(&Request::chat("m")).await;
                 assert_eq!((next.status, next.json()["it"].as_str()), (200, Some("fresh")), "{what}, later {later}");
             }
+            // What else may come on the first one nobody knows.
+            assert_eq!(upstream.connections_used(), 2, "{what}, later {later}");
         }
     }
 }
