@@ -71,6 +71,8 @@ pub struct Backend {
     pub latency: Arc<Pace>,
     gate: Gate,
     drained: Notify,
+    /// Told when it gets no more requests.
+    closed: Notify,
     /// Models whose first waiting request is to be called when a place becomes free here.
     callers: Mutex<Vec<Arc<Model>>>,
     /// There are some.
@@ -202,6 +204,7 @@ impl Backend {
             reported: ReportedLoad::new(now),
             gate: Gate::default(),
             drained: Notify::new(),
+            closed: Notify::new(),
             callers: Mutex::default(),
             has_callers: AtomicBool::new(false),
             suspect: AtomicBool::new(false),
@@ -211,6 +214,7 @@ impl Backend {
     /// No new requests from now on; those in flight go on.
     pub fn close(&self) {
         self.gate.close();
+        self.closed.notify_waiters();
         self.upstream.retire();
         if self.gate.count() == 0 {
             self.drained.notify_waiters();
@@ -275,6 +279,19 @@ impl Backend {
     /// Whether it could not be connected to since the last call.
     pub fn take_suspicion(&self) -> bool {
         self.suspect.swap(false, Ordering::AcqRel)
+    }
+
+    /// Resolves once the backend is closed.
+    pub async fn closed(&self) {
+        loop {
+            let closed = self.closed.notified();
+            tokio::pin!(closed);
+            closed.as_mut().enable();
+            if self.is_closed() {
+                return;
+            }
+            closed.await;
+        }
     }
 
     /// Resolves once the backend is closed and has no request in flight.
@@ -451,7 +468,7 @@ impl InFlight {
                 tally.turned(false, now);
                 // What was measured before it failed says nothing about now.
                 latency.forget();
-                tracing::info!(container = %spec.name, "answers again; its circuit breaker is closed");
+                tracing::info!(container = %spec.name, "{} answers again; its circuit breaker is closed", spec.name);
                 // There is room for more than the one whose place becomes free when this one leaves.
                 backend.call_callers();
             }
@@ -463,7 +480,7 @@ impl InFlight {
                     tally.turned(true, now);
                 }
                 let rest = breaker.ready_in(now);
-                tracing::warn!(container = %spec.name, ?rest, "keeps failing; its circuit breaker is open");
+                tracing::warn!(container = %spec.name, ?rest, "{} keeps failing; its circuit breaker is open", spec.name);
             }
             Some(_) | None => {}
         }

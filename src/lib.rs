@@ -26,8 +26,8 @@
 //! past its [`breaker`], or waits for one in the model's line ([`waiting`]), and sends it over a connection of that backend
 //! ([`upstream`], [`proxy::attempt`]). What is to be done if that fails is a table ([`proxy::failure`]): before a byte of
 //! the answer has come, it is sent again, on a fresh connection if a reused one had died, else to another backend, within
-//! a [`budget`]. The answer passes through [`proxy::relay`], and claim, connection and account are settled at its end,
-//! whichever end that is.
+//! a [`budget`]. The answer passes through [`proxy::relay`]: the backend's connection and its place are given back when all
+//! of it has come, the account is closed when the client has it, and both if it is broken off.
 //!
 //! HTTP/1.1 is read and written here and not by a library, because the heads and the framing of two messages are all
 //! that a proxy has to understand, and to understand them where they lie takes less time and a sixth of the memory of

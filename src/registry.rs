@@ -39,6 +39,9 @@ use crate::{
 
 /// How long the connections of an ended container get to deliver what they still hold.
 const LAST_BYTES: Duration = Duration::from_secs(1);
+/// How long a container that was stopped first is followed by the one in its place: Compose renames, creates, connects and
+/// starts meanwhile, for all replicas at a time.
+const REPLACED_WITHIN: Duration = Duration::from_secs(10);
 /// How long readiness waits for the first answers of containers that run already.
 const FIRST_PROBES: Duration = Duration::from_secs(5);
 /// Least time between two early refreshes.
@@ -68,6 +71,8 @@ pub struct Registry {
     looks: Option<mpsc::Sender<EndpointId>>,
     entries: BTreeMap<EndpointId, Entry>,
     models: HashMap<Box<str>, KnownModel>,
+    /// Roles whose next container is expected, until when.
+    expected: HashMap<Arc<str>, Instant>,
     /// Probes and readiness, numbered in the order in which they began.
     serial: u64,
     dirty: bool,
@@ -170,6 +175,7 @@ impl Registry {
             looks: None,
             entries: BTreeMap::new(),
             models: HashMap::new(),
+            expected: HashMap::new(),
             serial: 0,
             dirty: false,
             first_round: FirstRound::Unseen,
@@ -351,8 +357,12 @@ impl Registry {
     fn on_event(&mut self, id: &EndpointId, event: Event) {
         let Some(entry) = self.entries.get_mut(id) else { return };
         let before = entry.life.state().clone();
+        let was_stopped_first = entry.is_stopped_first();
         let effects = entry.life.on(event, Instant::now());
         if *entry.life.state() != before {
+            if was_stopped_first && !entry.life.is_coming() {
+                self.expected.insert(entry.endpoint.role.clone(), Instant::now() + REPLACED_WITHIN);
+            }
             if state_name(entry.life.state()) != state_name(&before) {
                 self.metrics.transitions.increment(state_name(entry.life.state()));
             }
@@ -430,6 +440,9 @@ impl Registry {
         if self.early_refresh.due.is_some_and(|at| at <= now) {
             self.refresh_all(now);
         }
+        let before = self.expected.len();
+        self.expected.retain(|_, until| *until > now);
+        self.dirty |= self.expected.len() < before;
         // A model whose grace is over goes with the next table.
         let grace = self.config.model_grace;
         self.dirty |= self.models.values().any(|known| known.gone_at.is_some_and(|gone| gone + grace <= now));
@@ -619,11 +632,14 @@ impl Registry {
         }
         // What a container that starts will serve is told by itself only when it does: perhaps what another one of its role
         // has left.
+        let is_starting = |entry: &Entry| entry.pools.is_empty() && entry.life.is_coming();
+        let expected = self.expected.keys().map(|role| &**role);
         let starting: HashSet<&str> = self
             .entries
             .values()
-            .filter(|entry| entry.pools.is_empty() && entry.life.is_coming())
+            .filter(|entry| is_starting(entry) || entry.is_stopped_first())
             .map(|entry| &*entry.endpoint.role)
+            .chain(expected)
             .collect();
         let grace = self.config.model_grace;
         let mut forgotten = Vec::new();
@@ -690,7 +706,8 @@ impl Registry {
             FirstRound::Unseen | FirstRound::Done => None,
         };
         let settles = self.discovery.settles_at;
-        lives.chain(graces).chain(self.early_refresh.due).chain(first_round).chain(settles).min()
+        let expected = self.expected.values().copied();
+        lives.chain(graces).chain(expected).chain(self.early_refresh.due).chain(first_round).chain(settles).min()
     }
 
     fn see(&mut self, connected: bool) {
@@ -838,6 +855,11 @@ impl Entry {
         for (_, member) in &mut self.pools {
             *member = None;
         }
+    }
+
+    /// It has been told to stop, and may be so that another one can take its place.
+    fn is_stopped_first(&self) -> bool {
+        self.endpoint.is_stopped_first && matches!(self.life.state(), State::Draining { .. })
     }
 
     fn models(&self) -> Vec<&str> {

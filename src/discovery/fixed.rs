@@ -40,6 +40,7 @@ pub fn endpoint(name: &str, addr: SocketAddr) -> EndpointBuilder {
         id: name.into(),
         name: name.to_owned(),
         role: name.into(),
+        is_stopped_first: false,
         image: "fixed".to_owned(),
         incarnation: Incarnation(1),
         phase: Phase::Running,
@@ -65,6 +66,13 @@ impl EndpointBuilder {
     #[must_use]
     pub fn role(mut self, role: &str) -> Self {
         self.endpoint.role = role.into();
+        self
+    }
+
+    /// Makes it one that is stopped before another one takes its place.
+    #[must_use]
+    pub fn stopped_first(mut self) -> Self {
+        self.endpoint.is_stopped_first = true;
         self
     }
 

@@ -59,6 +59,8 @@ pub struct Endpoint {
     pub name: String,
     /// What it stands for: whoever has the same role may be its replacement. The Compose service, or its name.
     pub role: Arc<str>,
+    /// Whoever replaces it stops it first, and then starts the one in its place: so does Compose.
+    pub is_stopped_first: bool,
     /// Image it was made from.
     pub image: String,
     /// Which start of it this is.

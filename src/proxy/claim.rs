@@ -7,7 +7,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, timeout_at};
+use futures::future::join_all;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
     NoAnswer, Proxy, bounded,
@@ -27,6 +28,8 @@ use crate::{
     waiting::Whom,
 };
 
+/// How long ahead of Docker's word a container's port may be closed.
+const NEWS_TIME: Duration = Duration::from_millis(250);
 /// Shortest nap of a request that waits for a rested replica.
 const NAP_MIN: Duration = Duration::from_millis(1);
 
@@ -180,6 +183,30 @@ impl Proxy {
     /// Claims a place now, if there is one, without waiting.
     pub(super) fn claim_at_once(&self, wanted: &Wanted<'_>, exchange: &mut Exchange<'_>) -> Option<InFlight> {
         self.try_claim(wanted, false, exchange).ok()
+    }
+
+    /// Claims a place for a request that nobody of `tried` could be connected for, and that nobody else is there for.
+    ///
+    /// A container that is told to stop may close its port before Docker says so. If that is what has happened to all of
+    /// them, they were chosen on old news, the request has been sent nowhere, and whoever takes their place may serve it.
+    /// `None`: they are there, and refuse.
+    pub(super) async fn claim_on_news<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        model: &Model,
+        tried: &[Arc<Backend>],
+        replay: &Replay,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Option<InFlight>, NoAnswer> {
+        let began = Instant::now();
+        let all_closed = join_all(tried.iter().map(|backend| backend.closed()));
+        let news = client.unless_gone(timeout(NEWS_TIME, all_closed)).await?;
+        exchange.has_waited(began.elapsed());
+        if news.is_err() {
+            return Ok(None);
+        }
+        let wanted = Wanted::any_of(&model.id, tried, replay, exchange);
+        self.claim(client, &wanted, exchange).await.map(Some)
     }
 
     /// Waits in the line of `model`. `otherwise`: what the client is told when it may not wait, or not any longer.

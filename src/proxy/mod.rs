@@ -437,6 +437,7 @@ impl Proxy {
         // An answer that says "busy", kept while somebody else is asked.
         let mut busy: Option<Answer> = None;
         let upgrades = asked.head.method == Method::GET && asked.head.asks_for_websocket();
+        let mut awaits_news = !is_the_only_one;
         loop {
             let now = Instant::now();
             exchange.sent(now);
@@ -533,17 +534,25 @@ impl Proxy {
                 }
                 Action::Elsewhere => {
                     tried.push(in_flight.backend().clone());
+                    let model = in_flight.model().clone();
+                    let is_unsent = matches!(what, What::Connect(_));
+                    awaits_news &= is_unsent;
                     match self.retry(client, in_flight, is_the_only_one, &tried, replay, exchange).await {
                         Ok(elsewhere) => {
-                            self.metrics.retried(if matches!(what, What::Connect(_)) {
-                                Retry::Connect
-                            } else {
-                                Retry::Ended
-                            });
+                            self.metrics.retried(if is_unsent { Retry::Connect } else { Retry::Ended });
                             in_flight = elsewhere;
                             fresh_only = false;
                         }
                         Err(NoAnswer::Gone) => return Err(NoAnswer::Gone),
+                        Err(NoAnswer::Error(_)) if awaits_news && busy.is_none() => {
+                            // Once is enough: whoever took their place and is gone as well is no longer old news.
+                            awaits_news = false;
+                            let claimed = self.claim_on_news(client, &model, &tried, replay, exchange);
+                            let Some(elsewhere) = Box::pin(claimed).await? else { return Err(give_up.into()) };
+                            self.metrics.retried(Retry::Connect);
+                            in_flight = elsewhere;
+                            fresh_only = false;
+                        }
                         Err(NoAnswer::Error(_)) => return self.give_up(busy, give_up, exchange),
                     }
                 }

@@ -224,6 +224,38 @@ async fn a_model_is_worth_waiting_for_while_a_container_starts_that_may_have_it(
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_next_container_is_waited_for_where_the_last_one_is_stopped_first() {
+    let mut bench = bench(|config| config.model_grace = Duration::from_secs(60));
+    let of_service = |name: &str| container(name).role("app/llm").stopped_first();
+    let is_coming = |bench: &Bench| match bench.reader.snapshot().lookup("m") {
+        Lookup::NoneReady(route) => Some(route.is_coming),
+        _ => None,
+    };
+    for name in ["one", "two"] {
+        bench.change(upsert(of_service(name)));
+        bench.answer(name, &["m"]);
+    }
+    bench.change(Change::Stopping("one".into()));
+    bench.change(Change::Ended("one".into()));
+    assert_eq!(is_coming(&bench), None, "the other one serves it");
+    bench.pass(REPLACED_WITHIN).await;
+    bench.change(Change::Stopping("two".into()));
+    assert_eq!(is_coming(&bench), Some(true), "who stops it may start another one");
+    bench.change(Change::Ended("two".into()));
+    assert_eq!(is_coming(&bench), Some(true));
+    bench.pass(REPLACED_WITHIN - Duration::from_millis(1)).await;
+    assert_eq!(is_coming(&bench), Some(true));
+    bench.pass(Duration::from_millis(1)).await;
+    assert_eq!(is_coming(&bench), Some(false), "it was stopped to stay so");
+    assert_eq!(bench.registry.expected.len(), 0);
+    // Nobody has told it to stop: it crashed.
+    bench.change(upsert(of_service("three")));
+    bench.answer("three", &["m"]);
+    bench.change(Change::Ended("three".into()));
+    assert_eq!(is_coming(&bench), Some(false));
+}
+
+#[tokio::test(start_paused = true)]
 async fn whoever_waits_is_called_when_a_table_is_published() {
     let mut bench = bench(|config| config.model_grace = Duration::from_secs(60));
     bench.change(upsert(container("a")));

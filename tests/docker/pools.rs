@@ -1,6 +1,6 @@
 //! P1, P3, P5, P10: several containers with one model.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use http::StatusCode;
 
@@ -171,7 +171,11 @@ async fn p10_a_restarted_container_starts_with_a_clean_record() {
     eventually("a clean record", Duration::from_secs(20), async || (breaker(&proxy, &a).await == [0.0]).then_some(()))
         .await;
     assert_eq!(breaker(&proxy, &b).await, [2.0], "the end of one resets nothing of another");
+    // But for its trials, which are a second apart at least; the first may be due by now.
+    let since = Instant::now();
+    let mut trials = 0;
     for _ in 0..20 {
-        assert_eq!(proxy.chat(&model).await.unwrap().status, StatusCode::OK, "the one that fails is left alone");
+        trials += u64::from(proxy.chat(&model).await.unwrap().status != StatusCode::OK);
     }
+    assert!(trials <= 1 + since.elapsed().as_secs(), "{trials} requests to the one that fails");
 }

@@ -5,15 +5,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::StatusCode;
 use tokio::process::Command;
 
 use crate::support::{
     backend::Backend,
     engine::{self, Lab, docker, run, try_docker},
-    events::Events,
+    events::{Event, Events},
     load::{Load, Outcome, Sample, failures},
-    wait::{eventually, ms_between},
+    wait::eventually,
 };
 
 /// Clients that keep sending, each as soon as its last request is done.
@@ -21,6 +20,8 @@ const CLIENTS: usize = 16;
 /// Fewer requests than this prove little.
 const REQUESTS: usize = 2000;
 const ROUNDS: usize = 5;
+/// For so long at least the next replica is waited for.
+const GAP: Duration = Duration::from_secs(9);
 /// HEALTHCHECK interval of the replicas.
 const INTERVAL: Duration = Duration::from_millis(500);
 
@@ -57,10 +58,10 @@ async fn l12_rolling_replacement_loses_no_request() {
 }
 
 /// Compose stops a container before it starts the one in its place, and does so for all replicas of a service at once: for
-/// a while there is no backend at all. Then a request may be told to come back, by 503 with `Retry-After`; and while both
-/// replicas have been told to stop but Docker has not said so yet, by 502. One that was accepted must never be lost.
+/// a while there is no backend at all, and before that two that refuse and that Docker has not said to be stopping. Requests
+/// wait for the new ones.
 #[tokio::test]
-async fn l12_compose_recreation_breaks_no_request() {
+async fn l12_compose_recreation_loses_no_request() {
     let Some(lab) = engine::alone("l12c").await else { return };
     let Some(compose) = Compose::find().await else {
         let required = std::env::var("DOCKER_REQUIRED").is_ok_and(|value| value == "1");
@@ -89,19 +90,34 @@ async fn l12_compose_recreation_breaks_no_request() {
     }
     let samples = load.stop().await;
     println!("l12: {ROUNDS} × compose up --force-recreate --scale 2: {}", summary(&samples, begun));
+    assert!(samples.len() >= REQUESTS, "{}", summary(&samples, begun));
     let [_, (key, case)] = lab.ownership_labels();
-    let kills = events.matching(|event| event.action == "kill" && event.attributes[key] == case);
-    let is_excused = |sample: &Sample| match sample.outcome {
-        Outcome::Refused => true,
-        Outcome::Odd(StatusCode::BAD_GATEWAY) => kills.iter().any(|kill| {
-            let distance_ms = ms_between(kill.at, sample.sent_at).abs();
-            distance_ms <= 100.0
-        }),
-        _ => false,
-    };
+    let gap = longest_gap(&events.matching(|event| event.attributes[key] == case));
+    println!("l12: no replica ran for up to {gap:?}");
+    // Whoever waits is sent away in the end; an engine that takes as long to start a container shows nothing else.
+    let is_excused = |sample: &Sample| gap > GAP && sample.outcome == Outcome::Refused;
     let lost: Vec<Sample> = samples.iter().filter(|sample| !is_excused(sample)).cloned().collect();
     assert_eq!(failures(&lost), "", "of {}", samples.len());
-    assert!(samples.iter().filter(|sample| sample.was_served()).count() >= REQUESTS, "{}", summary(&samples, begun));
+}
+
+/// The longest time between the end of the last replica and the start of the next, by the engine.
+fn longest_gap(events: &[Event]) -> Duration {
+    let (mut running, mut since, mut longest) = (0, None, Duration::ZERO);
+    for event in events {
+        match event.action.as_str() {
+            "start" => {
+                running += 1;
+                let gap = since.take().and_then(|since| event.at.duration_since(since).ok());
+                longest = longest.max(gap.unwrap_or_default());
+            }
+            "die" => {
+                running -= 1;
+                since = (running == 0).then_some(event.at);
+            }
+            _ => {}
+        }
+    }
+    longest
 }
 
 /// A replica that Docker calls healthy.

@@ -216,7 +216,7 @@ async fn o02_waiting_is_told() {
     first.send(Request::chat("m").bytes()).await;
     eventually("the only place is taken", async || upstream.count() == 1).await;
     second.send(Request::chat("m").bytes()).await;
-    eventually("one waits", async || app.metric("proxy_queue_depth", &[("model", "m")]).await == Some(1.0)).await;
+    app.waiting_is("m", 1.0).await;
     gate.open();
     for client in [&mut first, &mut second] {
         assert_eq!(client.answer().await.status, 200);

@@ -208,7 +208,7 @@ async fn p09_who_waits_is_served_in_order() {
 async fn send_waiting(app: &TestApp, request: &Request, length: f64) -> Client {
     let mut client = app.client().await;
     client.send(request.bytes()).await;
-    eventually("it waits", async || app.metric("proxy_queue_depth", &[("model", "m")]).await == Some(length)).await;
+    app.waiting_is("m", length).await;
     client
 }
 
@@ -254,6 +254,53 @@ async fn p09_who_waits_for_a_second_attempt_holds_up_nobody() {
         assert_eq!(client.answer().await.status, 200);
     }
     assert_eq!((a.count(), b.count()), (2, 6));
+}
+
+/// `compose up` stops what it replaces, and only then starts the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l12_requests_wait_for_the_container_in_place_of_one_that_was_stopped_first() {
+    let (old, new) = (Upstream::start("old", &["m"]).await, Upstream::start("new", &["m"]).await);
+    let app = TestApp::start().await;
+    app.add(Spec::of(&old).service("app/llm")).await;
+    app.stopping("old").await;
+    app.rotation_is(0, "it is out").await;
+    let mut early = send_waiting(&app, &Request::chat("m"), 1.0).await;
+    app.ended("old").await;
+    let mut late = send_waiting(&app, &Request::messages("m"), 2.0).await;
+    app.add(Spec::of(&new).service("app/llm")).await;
+    for client in [&mut early, &mut late] {
+        assert_eq!(client.answer().await.json()["served_by"], "new");
+    }
+    assert_eq!(old.count(), 0);
+}
+
+/// A container that is told to stop may close its port before Docker says that it was told to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l12_a_port_that_closes_ahead_of_the_news_costs_nobody_a_request() {
+    // The news has to come within a moment that a busy machine may miss.
+    for round in 1.. {
+        let (old, new) = (Upstream::start("old", &["m"]).await, Upstream::start("new", &["m"]).await);
+        let app = TestApp::start().await;
+        app.add(Spec::of(&old).service("app/llm")).await;
+        old.refuse().await;
+        let mut client = app.client().await;
+        client.send(Request::chat("m").bytes()).await;
+        eventually("it is refused", async || {
+            let status = app.ask(&Request::get("/status")).await.json();
+            status["containers"][0]["last_error"].is_object()
+        })
+        .await;
+        app.stopping("old").await;
+        app.rotation_is(0, "it is out").await;
+        app.ended("old").await;
+        app.add(Spec::of(&new).service("app/llm")).await;
+        let answer = client.answer().await;
+        if answer.status == 502 && round < 5 {
+            continue;
+        }
+        assert_eq!(answer.json()["served_by"], "new", "round {round}: {}", answer.text());
+        break;
+    }
 }
 
 /// A container that is replaced over and over, while another one is starting for good: there is always somebody coming,

@@ -123,11 +123,17 @@ impl Inspected {
         }
     }
 
+    /// Project and name of its Compose service.
+    fn compose_service(&self) -> Option<(&str, &str)> {
+        let label = |name| self.labels.get(name).map(String::as_str);
+        label("com.docker.compose.project").zip(label("com.docker.compose.service"))
+    }
+
     /// Its Compose service, if it has one; else its name.
     fn role(&self) -> Arc<str> {
-        match (self.labels.get("com.docker.compose.project"), self.labels.get("com.docker.compose.service")) {
-            (Some(project), Some(service)) => format!("{project}/{service}").into(),
-            _ => self.name.as_str().into(),
+        match self.compose_service() {
+            Some((project, service)) => format!("{project}/{service}").into(),
+            None => self.name.as_str().into(),
         }
     }
 
@@ -171,6 +177,7 @@ impl Inspected {
             id: self.id.as_str().into(),
             name: self.name.clone(),
             role: self.role(),
+            is_stopped_first: self.compose_service().is_some(),
             image: self.image.clone(),
             incarnation: Incarnation(self.started_nanos),
             phase: self.phase,
@@ -271,14 +278,19 @@ mod tests {
 
     #[test]
     fn containers_of_one_compose_service_or_of_one_name_stand_for_each_other() {
-        let role =
-            |change: fn(&mut serde_json::Value)| inspected(change).endpoint(&context()).unwrap().role.to_string();
-        assert_eq!(role(|_| {}), "vllm");
+        let role = |change: fn(&mut serde_json::Value)| {
+            let endpoint = inspected(change).endpoint(&context()).unwrap();
+            (endpoint.role.to_string(), endpoint.is_stopped_first)
+        };
+        let unnamed = |json: &mut serde_json::Value| {
+            json["Config"]["Labels"].as_object_mut().unwrap().remove("com.docker.compose.project");
+        };
+        assert_eq!(role(unnamed), ("vllm".to_owned(), false));
         let service = |json: &mut serde_json::Value| {
             json["Name"] = "/3f2a_app-llm-1".into();
             json["Config"]["Labels"]["com.docker.compose.service"] = "llm".into();
         };
-        assert_eq!(role(service), "app/llm");
+        assert_eq!(role(service), ("app/llm".to_owned(), true));
     }
 
     #[test]

@@ -59,6 +59,7 @@ pub(crate) struct TestApp {
 pub(crate) struct Spec {
     name: &'static str,
     role: &'static str,
+    is_stopped_first: bool,
     addr: SocketAddr,
     labels: Vec<(&'static str, String)>,
     image: Option<&'static str>,
@@ -105,7 +106,16 @@ impl Spec {
     }
 
     pub(crate) fn at(name: &'static str, addr: SocketAddr) -> Self {
-        Self { name, role: name, addr, labels: Vec::new(), image: None, health: Health::Healthy, incarnation: 1 }
+        Self {
+            name,
+            role: name,
+            is_stopped_first: false,
+            addr,
+            labels: Vec::new(),
+            image: None,
+            health: Health::Healthy,
+            incarnation: 1,
+        }
     }
 
     pub(crate) fn label(mut self, name: &'static str, value: impl ToString) -> Self {
@@ -124,6 +134,11 @@ impl Spec {
         self
     }
 
+    /// Makes it one of a Compose service.
+    pub(crate) fn service(self, role: &'static str) -> Self {
+        Self { is_stopped_first: true, ..self.role(role) }
+    }
+
     pub(crate) fn health(mut self, health: Health) -> Self {
         self.health = health;
         self
@@ -139,6 +154,9 @@ impl Spec {
             fixed::endpoint(self.name, self.addr).role(self.role).health(self.health).incarnation(self.incarnation);
         for (name, value) in &self.labels {
             endpoint = endpoint.label(name, value);
+        }
+        if self.is_stopped_first {
+            endpoint = endpoint.stopped_first();
         }
         match self.image {
             Some(image) => endpoint.image(image),
@@ -266,6 +284,14 @@ impl TestApp {
     pub(crate) async fn inflight_is(&self, backend: &str, model: &str, n: f64) {
         eventually(format!("{n} requests in flight at {backend} for {model}"), async || {
             self.inflight(backend, model).await == Some(n)
+        })
+        .await;
+    }
+
+    /// Waits until `n` requests stand in line for this model.
+    pub(crate) async fn waiting_is(&self, model: &str, n: f64) {
+        eventually(format!("{n} requests wait for {model}"), async || {
+            self.metric("proxy_queue_depth", &[("model", model)]).await == Some(n)
         })
         .await;
     }
