@@ -462,7 +462,7 @@ async fn o02_a_dead_collector_is_said_once() {
     let ask = async || Client::connect(proxy.addr).await.ask(&Request::chat("m")).await.status;
     eventually("many exports have failed", async || {
         assert_eq!(ask().await, 200);
-        lines("DEBUG", "telemetry does not get through").len() > 20
+        lines("DEBUG", "telemetry does not get through").len() > 8
     })
     .await;
     let said = lines("WARN", "telemetry does not get through");
