@@ -184,6 +184,8 @@ pub struct RequestHead {
     /// Where its body ends.
     pub framing: Framing,
     target: Span,
+    /// The part of the target before the query.
+    path: Span,
     authority: Span,
 }
 
@@ -367,6 +369,7 @@ impl Default for RequestHead {
             version: Version::Http11,
             framing: Framing::Empty,
             target: Span::default(),
+            path: Span::default(),
             authority: Span::default(),
         }
     }
@@ -398,7 +401,9 @@ impl RequestHead {
             return Err(HeadError::Malformed("the request target holds a character that must be percent-encoded"));
         }
         let (authority, origin) = split_target(target);
+        let path = origin.split_once('?').map_or(origin, |(path, _)| path);
         self.target = Lines::span_of(bytes, origin.as_bytes());
+        self.path = Lines::span_of(bytes, path.as_bytes());
         self.authority = Lines::span_of(bytes, authority.as_bytes());
         self.lines.fill(bytes, parsed.headers);
         self.lines.check_named()?;
@@ -432,8 +437,10 @@ impl RequestHead {
 
     /// The path alone.
     pub fn path(&self) -> &str {
-        let target = self.target();
-        target.split_once('?').map_or(target, |(path, _)| path)
+        match self.lines.get(self.path) {
+            [] if self.lines.get(self.target).is_empty() => "/",
+            path => std::str::from_utf8(path).unwrap_or_default(),
+        }
     }
 
     /// The query alone.

@@ -298,12 +298,21 @@ fn push_all(out: &mut Vec<u8>, parts: &[&str]) {
 }
 
 fn push_length(out: &mut Vec<u8>, length: u64) {
-    // Writing to a vector does not fail.
-    let _ = write!(out, "content-length: {length}\r\n");
+    push_line(out, b"content-length", itoa::Buffer::new().format(length).as_bytes());
 }
 
 fn push_ip(out: &mut Vec<u8>, ip: IpAddr) {
-    let _ = write!(out, "{}", ip.to_canonical());
+    match ip.to_canonical() {
+        // What is formatted for every request is worth not being formatted by the general means.
+        IpAddr::V4(ip) => {
+            for (index, octet) in ip.octets().into_iter().enumerate() {
+                out.extend_from_slice(if index > 0 { b"." } else { b"" });
+                out.extend_from_slice(itoa::Buffer::new().format(octet).as_bytes());
+            }
+        }
+        // Writing to a vector does not fail.
+        IpAddr::V6(ip) => drop(write!(out, "{ip}")),
+    }
 }
 
 /// Makes a redirect to the backend itself one to the same place here: its address means nothing to the client, and its

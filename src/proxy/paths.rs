@@ -122,6 +122,18 @@ const MODEL_OPTIONAL: &[&str] = &[
     "/v2/rerank",
 ];
 
+/// What most requests ask for, to be forwarded without a closer look.
+const USUAL: &[&str] = &[
+    "/v1/audio/transcriptions",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/rerank",
+    "/v1/responses",
+];
+
 /// Whether a request may leave the model out: those that read or delete something, those about an answer that is named
 /// by its id, and those that engines take without one.
 pub fn may_name_no_model(method: &Method, path: &str) -> bool {
@@ -148,6 +160,13 @@ pub fn answer_id(path: &str) -> Option<Cow<'_, str>> {
 
 /// What `path` means for `method`. `path` is as the client sent it, without the query.
 pub fn classify<'p>(method: &Method, path: &'p str) -> Target<'p> {
+    if USUAL.contains(&path) {
+        return Target::Forward { below_v1: path.strip_prefix("/v1") };
+    }
+    classify_closely(method, path)
+}
+
+fn classify_closely<'p>(method: &Method, path: &'p str) -> Target<'p> {
     let reads = method == Method::GET || method == Method::HEAD;
     if let Some(page) = Page::of(path).filter(|page| reads || *page != Page::Overview) {
         return Target::Own(page);
@@ -224,6 +243,15 @@ pub fn model_in_query(query: Option<&str>) -> Option<String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_closer_look_at_what_is_usual_shows_nothing_else() {
+        for path in USUAL {
+            for method in [Method::GET, Method::POST, Method::OPTIONS] {
+                assert_eq!(classify(&method, path), classify_closely(&method, path), "{method} {path}");
+            }
+        }
+    }
 
     #[test]
     fn what_continues_a_prompt() {
