@@ -19,7 +19,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::{
     discovery::{EndpointId, Incarnation},
     fetch::{Fetch, FetchError},
+    foreign,
     table::ModelObject,
+    telemetry::metrics::UNKNOWN_MODEL,
 };
 
 /// Time for one answer of `/models`, from connecting to its last byte.
@@ -32,6 +34,8 @@ const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 const MODELS_MAX: usize = 1024;
 /// Longest model id.
 const ID_BYTES_MAX: usize = 256;
+/// How much of a model id is quoted.
+const ID_CHARS_SHOWN: usize = 64;
 /// How much is said about an answer that cannot be used.
 const WHAT_CHARS_MAX: usize = 200;
 /// First wait after a failed probe; it doubles up to [`RETRY_MAX`].
@@ -339,8 +343,17 @@ fn parse_models(body: &[u8]) -> Result<Vec<Arc<ModelObject>>, String> {
         if model.id.is_empty() || model.id.len() > ID_BYTES_MAX {
             return Err(format!("a model id has {} bytes; 1 to {ID_BYTES_MAX} are taken", model.id.len()));
         }
-        if model.id.chars().any(char::is_control) {
-            return Err(format!("the model id {:?} has control characters", model.id));
+        if let Some(c) = model.id.chars().find(|c| foreign::is_misleading(*c)) {
+            let (id, c) = (foreign::shown(&model.id, ID_CHARS_SHOWN), c.escape_unicode());
+            return Err(format!("the model id \"{id}\" has control or format characters, such as {c}"));
+        }
+        if model.id.trim().is_empty() {
+            return Err(format!("the model id {:?} is blank", model.id));
+        }
+        if model.id == UNKNOWN_MODEL {
+            return Err(format!(
+                "the model id {UNKNOWN_MODEL} is reserved: metrics have it for requests without a model"
+            ));
         }
         if ids.insert(model.id.clone()) {
             models.push(Arc::new(ModelObject {
@@ -378,6 +391,9 @@ mod tests {
             r#"{"models":[{"name":"x"}],"object":"list","data":[{"id":"x","created":1,"meta":{"n_ctx":9}}]}"#;
         assert_eq!(ids(llamacpp).unwrap(), ["x"]);
         assert_eq!(ids(r#"{"data":[{"id":"a"},{"id":"b"},{"id":"a","x":1}]}"#).unwrap(), ["a", "b"]);
+        let odd = ["/models/my model.gguf", r"C:\\m", "模型/я-é-e\u{301}", "🦀"];
+        let listing = format!(r#"{{"data":[{}]}}"#, odd.map(|id| format!(r#"{{"id":"{id}"}}"#)).join(","));
+        assert_eq!(ids(&listing).unwrap(), ["/models/my model.gguf", r"C:\m", "模型/я-é-e\u{301}", "🦀"]);
     }
 
     #[test]
@@ -394,13 +410,26 @@ mod tests {
             (r#"{"data":[{"id":7}]}"#, "id"),
             (r#"{"data":[{"id":""}]}"#, "0 bytes"),
             (r#"{"data":[{"id":"a\nb"}]}"#, "control"),
-            (r#"{"data":[{"id":"a\u0000b"}]}"#, "control"),
+            (r#"{"data":[{"id":"a\u0000b"}]}"#, r#""a\0b" has control or format characters, such as \u{0}"#),
+            (r#"{"data":[{"id":"m\u202egpj"}]}"#, r#""m\u{202e}gpj" has control or format characters"#),
+            (r#"{"data":[{"id":"m"},{"id":"n\u2028"}]}"#, r"such as \u{2028}"),
+            (r#"{"data":[{"id":"m\u200b"}]}"#, r"such as \u{200b}"),
+            (r#"{"data":[{"id":" "}]}"#, r#"the model id " " is blank"#),
+            (r#"{"data":[{"id":"\u3000\u00a0"}]}"#, r#"the model id "\u{3000}\u{a0}" is blank"#),
             (many.as_str(), "at most 1024"),
             (long.as_str(), "257 bytes"),
             (deep.as_str(), "JSON"),
         ] {
             let error = ids(body).unwrap_err();
             assert!(error.contains(reason), "{error} should mention {reason}");
+            assert!(!error.contains(foreign::is_misleading), "{error:?}");
         }
+    }
+
+    #[test]
+    fn the_model_that_metrics_need_for_themselves_is_refused() {
+        let error = ids(r#"{"data":[{"id":"m"},{"id":"_unknown"}]}"#).unwrap_err();
+        assert!(error.starts_with("the model id _unknown is reserved"), "{error}");
+        assert_eq!(ids(r#"{"data":[{"id":"_unknown_"},{"id":"unknown"}]}"#).unwrap(), ["_unknown_", "unknown"]);
     }
 }

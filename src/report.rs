@@ -19,7 +19,7 @@ use crate::{
     telemetry::{
         exposition::Report,
         families::{self, Family},
-        metrics::{Histogram, Metrics, ModelMetrics, PerWord},
+        metrics::{Histogram, Metrics, ModelMetrics, PerWord, UNKNOWN_MODEL},
         process::Usage,
     },
 };
@@ -32,9 +32,6 @@ pub struct Reporter {
     /// Instruments that belong to no model.
     pub metrics: Arc<Metrics>,
 }
-
-/// The model in series of requests whose model nobody knows.
-pub const UNKNOWN_MODEL: &str = "_unknown";
 
 impl Reporter {
     /// Tells every metric, in the order of [`families::ALL`].

@@ -225,6 +225,9 @@ impl PerWord {
     }
 }
 
+/// The model in series of requests whose model nobody knows. No backend may announce it.
+pub const UNKNOWN_MODEL: &str = "_unknown";
+
 /// How many distinct statuses one model keeps apart; what comes after them is counted as status `other`.
 const STATUS_SLOTS: usize = 32;
 
