@@ -31,7 +31,7 @@ const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer of `/models`.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 /// Most models of one backend.
-const MODELS_MAX: usize = 1024;
+pub const MODELS_MAX: usize = 1024;
 /// Longest model id.
 const ID_BYTES_MAX: usize = 256;
 /// How much of a model id is quoted.

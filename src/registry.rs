@@ -27,7 +27,7 @@ use crate::{
     discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Health, Phase},
     labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
-    probe::{self, Answer, HealthPath, Listing, ProbeHandle, Target},
+    probe::{self, Answer, HealthPath, Listing, MODELS_MAX, ProbeHandle, Target},
     status::{
         self, Ask, ContainerStatus, DiscoveryStatus, LastError, ModelStatus, Status,
         events::{Events, Kind, rfc3339},
@@ -51,6 +51,8 @@ const EARLY_REFRESH: Duration = Duration::from_secs(1);
 const SIGHT_SETTLES: Duration = Duration::from_secs(10);
 /// Least time between two looks at a container because requests could not connect to it.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Models that are known after they have gone, of each container: as many as it may have at a time.
+const GONE_MAX: usize = MODELS_MAX;
 /// Containers to be looked at, on their way.
 const LOOKS_MAX: usize = 64;
 /// Probe answers on their way.
@@ -117,6 +119,8 @@ struct ProbeTrouble {
 struct KnownModel {
     model: Arc<Model>,
     gone_at: Option<Instant>,
+    /// Who announces it, or did last; one of them.
+    announcer: EndpointId,
     /// Roles of those that announce it, or did last.
     roles: Vec<Arc<str>>,
     /// Between which containers a difference has been reported.
@@ -595,6 +599,7 @@ impl Registry {
                 let known = self.models.entry(object.id.clone()).or_insert_with(|| KnownModel {
                     model: Model::new(&object.id),
                     gone_at: None,
+                    announcer: id.clone(),
                     roles: Vec::new(),
                     warned: Vec::new(),
                 });
@@ -627,6 +632,7 @@ impl Registry {
                         pool.is_coming |= entry.life.is_coming();
                     }
                 }
+                pool.announcer = Some(&entry.endpoint.id);
                 pool.roles.push(&entry.endpoint.role);
             }
         }
@@ -644,8 +650,9 @@ impl Registry {
         let grace = self.config.model_grace;
         let mut forgotten = Vec::new();
         self.models.retain(|id, known| {
-            if pools.contains_key(&**id) {
+            if let Some(announcer) = pools.get(&**id).and_then(|pool| pool.announcer) {
                 known.gone_at = None;
+                known.announcer.clone_from(announcer);
                 return true;
             }
             let stays = *known.gone_at.get_or_insert(now) + grace > now;
@@ -654,6 +661,7 @@ impl Registry {
             }
             stays
         });
+        forgotten.extend(surplus(&mut self.models));
         let mut routes = Vec::with_capacity(self.models.len());
         for (id, known) in &mut self.models {
             let mut pool = pools.remove(&**id).unwrap_or_default();
@@ -801,7 +809,25 @@ struct Pool<'e> {
     ready: Vec<(&'e Entry, &'e Arc<ModelObject>, &'e Arc<Member>)>,
     why_not_ready: Option<&'static str>,
     is_coming: bool,
+    announcer: Option<&'e EndpointId>,
     roles: Vec<&'e Arc<str>>,
+}
+
+/// Takes out what is too much: where one container has left more than [`GONE_MAX`] models, those that went first. A
+/// container that has others with every answer is remembered for no more than that, and at nobody else's cost.
+fn surplus(models: &mut HashMap<Box<str>, KnownModel>) -> Vec<Arc<Model>> {
+    let mut gone: HashMap<&EndpointId, Vec<(Instant, &str)>> = HashMap::new();
+    for (id, known) in &*models {
+        if let Some(at) = known.gone_at {
+            gone.entry(&known.announcer).or_default().push((at, id));
+        }
+    }
+    let mut ids: Vec<Box<str>> = Vec::new();
+    for mut of_one in gone.into_values().filter(|of_one| of_one.len() > GONE_MAX) {
+        of_one.sort_unstable_by(|a, b| b.cmp(a));
+        ids.extend(of_one.drain(GONE_MAX..).map(|(_, id)| id.into()));
+    }
+    ids.iter().filter_map(|id| models.remove(id)).map(|known| known.model).collect()
 }
 
 // === impl KnownModel ===

@@ -567,6 +567,48 @@ async fn the_status_explains_every_container_and_tells_what_has_happened() {
     assert_eq!(kinds, expected);
 }
 
+/// Ids as long as they may be, and as many: `n` tells one set from the next.
+fn endless_ids(n: usize) -> Vec<String> {
+    (0..MODELS_MAX).map(|i| format!("{n}-{i}-{:x<240}", "")).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn models_that_have_gone_are_bounded_for_each_container() {
+    let mut bench = bench(|config| config.model_grace = Duration::from_secs(86_400));
+    for id in ["a", "b", "c"] {
+        bench.change(upsert(container(id)));
+    }
+    bench.answer("b", &["of-b", "other"]);
+    bench.answer("b", &["other"]);
+    bench.answer("c", &["of-c"]);
+    bench.change(Change::Ended("c".into()));
+    let known = |bench: &Bench| bench.registry.models.len();
+    for n in 0..5 {
+        bench.pass(Duration::from_secs(1)).await;
+        bench.answer("a", &endless_ids(n).iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(known(&bench) <= MODELS_MAX + GONE_MAX + 3, "{} after {n}", known(&bench));
+    }
+    // What it has, what it had last, and what others have and had.
+    for n in [3, 4] {
+        assert!(endless_ids(n).iter().all(|id| bench.registry.models.contains_key(&**id)), "{n}");
+    }
+    assert_eq!(bench.why_not_ready("of-b"), "its container has gone");
+    assert_eq!(bench.why_not_ready("of-c"), "its container has gone");
+
+    // Fewer at a time: the oldest of them go first.
+    bench.pass(Duration::from_secs(1)).await;
+    bench.answer("a", &["new"]);
+    assert!(endless_ids(4).iter().all(|id| bench.registry.models.contains_key(&**id)));
+    assert_eq!(known(&bench), 1 + GONE_MAX + 3);
+    bench.pass(Duration::from_secs(1)).await;
+    bench.answer("a", &["newer"]);
+    assert_eq!((bench.why_not_ready("new"), known(&bench)), ("its container has gone", 1 + GONE_MAX + 3));
+    assert_eq!(endless_ids(4).iter().filter(|id| bench.registry.models.contains_key(&***id)).count(), GONE_MAX - 1);
+    // Whose container goes away loses nothing of what it had at last.
+    bench.change(Change::Ended("a".into()));
+    assert_eq!(bench.why_not_ready("newer"), "its container has gone");
+}
+
 // === as it runs ===
 
 /// A registry at work, fed by hand.
