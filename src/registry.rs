@@ -25,6 +25,7 @@ use crate::{
     breaker,
     config::{Config, SameModel},
     discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Health, Phase},
+    foreign::few,
     labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
     probe::{self, Answer, HealthPath, Listing, MODELS_MAX, ProbeHandle, Target},
@@ -609,7 +610,7 @@ impl Registry {
         });
         entry.pools = pools.collect();
         if *entry.life.state() == State::Ready {
-            let text = format!("has other models now: {}", entry.models().join(", "));
+            let text = format!("has other models now: {}", few(&entry.models()));
             tell(&mut self.events, Loud::Info, Kind::Models, &entry.endpoint.name, text, None);
             self.metrics.table_updated(TableAction::Update);
             self.dirty = true;
@@ -1043,7 +1044,7 @@ fn report_state(events: &mut Events, entry: &Entry) {
         State::Probing => (Loud::Debug, Kind::Probing, "is being asked for its models".to_owned()),
         State::Ready => {
             let at = entry.backend.as_ref().map(|backend| format!(" at {}", backend.spec.addr)).unwrap_or_default();
-            (Loud::Info, Kind::Ready, format!("is live{at} with {}", entry.models().join(", ")))
+            (Loud::Info, Kind::Ready, format!("is live{at} with {}", few(&entry.models())))
         }
         State::Unhealthy { why, .. } => {
             advice = Some(why.advice(name));
@@ -1085,7 +1086,7 @@ fn trace_state(metrics: &Metrics, entry: &Entry) {
             ("container.name", endpoint.name.clone()),
             ("container.image.name", endpoint.image.clone()),
             ("backend.state", state.to_owned()),
-            ("models", entry.models().join(",")),
+            ("models", few(&entry.models())),
         ];
         facts.into_iter().chain(reason).collect()
     });

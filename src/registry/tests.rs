@@ -95,6 +95,12 @@ impl Bench {
         self.answer_to(id, self.tag(id), models);
     }
 
+    /// The texts of all events of this kind.
+    fn told(&mut self, kind: Kind) -> Vec<String> {
+        let events = self.registry.status().events.into_iter();
+        events.filter(|event| event.kind == kind.as_str()).map(|event| event.text).collect()
+    }
+
     async fn pass(&mut self, time: Duration) {
         advance(time).await;
         self.registry.on_deadlines();
@@ -570,6 +576,29 @@ async fn the_status_explains_every_container_and_tells_what_has_happened() {
 /// Ids as long as they may be, and as many: `n` tells one set from the next.
 fn endless_ids(n: usize) -> Vec<String> {
     (0..MODELS_MAX).map(|i| format!("{n}-{i}-{:x<240}", "")).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_with_a_thousand_models_does_not_fill_what_is_told() {
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    for n in 0..8 {
+        bench.answer("a", &endless_ids(n % 2).iter().map(String::as_str).collect::<Vec<_>>());
+        if n % 2 == 1 {
+            bench.change(Change::Suspended("a".into()));
+            bench.change(upsert(container("a")));
+        }
+    }
+    let events = bench.registry.status().events;
+    assert!(events.iter().filter(|event| event.text.contains("0-3-xxx")).count() >= 4, "{events:?}");
+    let longest = events.iter().map(|event| event.text.len()).max();
+    assert!(longest <= Some(1024), "{longest:?} bytes");
+
+    bench.change(upsert(container("b")));
+    bench.answer("b", &["1", "2", "3", "4", "5"]);
+    bench.answer("b", &["1", "2", "3", "4", "5", "6", "7"]);
+    assert!(bench.told(Kind::Ready).pop().unwrap().ends_with(" with 1, 2, 3, 4, 5"));
+    assert_eq!(bench.told(Kind::Models).pop().unwrap(), "has other models now: 1, 2, 3, 4, 5 and 2 more");
 }
 
 #[tokio::test(start_paused = true)]
