@@ -259,6 +259,12 @@ impl StatusCounts {
         self.other.fetch_add(1, Relaxed);
     }
 
+    /// Nothing has been counted.
+    pub fn is_empty(&self) -> bool {
+        // The first slot is claimed by whoever counts first.
+        self.slots[0].0.load(Relaxed) == 0
+    }
+
     /// Calls `visit` with every status seen and its count.
     pub fn each(&self, mut visit: impl FnMut(&dyn Display, u64)) {
         for (code, count) in &self.slots {
@@ -538,10 +544,12 @@ mod tests {
     #[test]
     fn statuses_are_counted_apart_and_bounded() {
         let counts = StatusCounts::default();
+        assert!(counts.is_empty());
         for status in 100..200 {
             counts.increment(status);
             counts.increment(status);
         }
+        assert!(!counts.is_empty());
         let mut seen = Vec::new();
         counts.each(|status, count| seen.push((status.to_string(), count)));
         assert_eq!(seen.len(), STATUS_SLOTS + 1);
