@@ -111,36 +111,75 @@ pub enum ProbeError {
     },
 }
 
+/// Kinds of failures. There are few, so that a server cannot fail in a new way every time; what is to be done is the same
+/// within each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// Nobody listens.
+    Refused,
+    /// There is no way to it.
+    NoWay,
+    /// No answer in time.
+    TimedOut,
+    /// What came is no answer, or has no end.
+    Broken,
+    /// It sends elsewhere.
+    Redirect,
+    /// It wants a key.
+    Denied,
+    /// There is no such path.
+    NotFound,
+    /// Any other status that says no.
+    Status,
+    /// An answer that cannot be used.
+    Unusable,
+}
+
 impl ProbeError {
+    /// What kind of failure it is.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            ProbeError::NoAnswer { error, .. } => match error {
+                FetchError::Refused(_) => FailureKind::Refused,
+                FetchError::Unreachable(..) | FetchError::NoConnection(..) => FailureKind::NoWay,
+                FetchError::TimedOut(_) => FailureKind::TimedOut,
+                FetchError::Broke(_) | FetchError::TooLarge(_) => FailureKind::Broken,
+            },
+            ProbeError::Status { status, .. } => match status.as_u16() {
+                300..=399 => FailureKind::Redirect,
+                401 | 403 => FailureKind::Denied,
+                404 => FailureKind::NotFound,
+                _ => FailureKind::Status,
+            },
+            ProbeError::Unusable { .. } => FailureKind::Unusable,
+        }
+    }
+
     /// What to do about it, for people; `container` is its name.
     pub fn advice(&self, container: &str) -> String {
-        match self {
-            ProbeError::NoAnswer { error: FetchError::Refused(_), .. } => format!(
-                "wait if it is still loading; else let it listen on 0.0.0.0 (--host 0.0.0.0) and set inference.port \
-                 to its port; see docker logs {container}"
-            ),
-            ProbeError::NoAnswer { error: FetchError::Unreachable(..) | FetchError::NoConnection(..), .. } => {
-                "use a network that it shares with the proxy, without a firewall in between".to_owned()
+        let advice = match self.kind() {
+            FailureKind::Refused => {
+                return format!(
+                    "wait if it is still loading; else let it listen on 0.0.0.0 (--host 0.0.0.0) and set \
+                     inference.port to its port; see docker logs {container}"
+                );
             }
-            ProbeError::NoAnswer { error: FetchError::TimedOut(_), .. } => {
-                format!("wait if it is still loading; else see docker logs {container}")
+            FailureKind::TimedOut | FailureKind::Status => {
+                return format!("wait if it is still loading; else see docker logs {container}");
             }
-            ProbeError::NoAnswer { error: FetchError::Broke(_) | FetchError::TooLarge(_), .. } => {
-                "set inference.port to where its HTTP API is".to_owned()
+            FailureKind::NoWay => "use a network that it shares with the proxy, without a firewall in between",
+            FailureKind::Broken => "set inference.port to where its HTTP API is",
+            FailureKind::Redirect => "set inference.api.base_path to where the API is; redirects are not followed",
+            FailureKind::Denied => {
+                "start it without an API key, and check keys in front of the proxy, which holds none"
             }
-            ProbeError::Status { status, .. } => match status.as_u16() {
-                300..=399 => "set inference.api.base_path to where the API is; redirects are not followed".to_owned(),
-                401 | 403 => {
-                    "start it without an API key, and check keys in front of the proxy, which holds none".to_owned()
-                }
-                404 => "set inference.api.base_path, or inference.port, to where the API is".to_owned(),
-                _ => format!("wait if it is still loading; else see docker logs {container}"),
-            },
-            ProbeError::Unusable { .. } => {
-                "set inference.port and inference.api.base_path to where an OpenAI-compatible API lists its models"
-                    .to_owned()
+            FailureKind::NotFound => "set inference.api.base_path, or inference.port, to where the API is",
+            FailureKind::Unusable => {
+                "let it list its models as an OpenAI-compatible API does, or set inference.port and \
+                 inference.api.base_path to where one does"
             }
-        }
+        };
+        advice.to_owned()
     }
 
     /// Whether there is no connection, so that another address may be the right one.

@@ -28,7 +28,7 @@ use crate::{
     foreign::few,
     labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
-    probe::{self, Answer, HealthPath, Listing, MODELS_MAX, ProbeHandle, Target},
+    probe::{self, Answer, FailureKind, HealthPath, Listing, MODELS_MAX, ProbeHandle, Target},
     status::{
         self, Ask, ContainerStatus, DiscoveryStatus, LastError, ModelStatus, Status,
         events::{Events, Kind, rfc3339},
@@ -52,6 +52,8 @@ const EARLY_REFRESH: Duration = Duration::from_secs(1);
 const SIGHT_SETTLES: Duration = Duration::from_secs(10);
 /// Least time between two looks at a container because requests could not connect to it.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// A container that has answered may be told of once more because it fails as it did before, but not sooner than this.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// Models that are known after they have gone, of each container: as many as it may have at a time.
 const GONE_MAX: usize = MODELS_MAX;
 /// Containers to be looked at, on their way.
@@ -100,6 +102,9 @@ struct Entry {
     suspected_at: Option<Instant>,
     /// What the last probe failed with, and what to do about it; `None` once one has succeeded.
     probe_error: Option<ProbeTrouble>,
+    /// Kinds of failures of probes that have been told, how loudly and when: what a container says of itself may be new
+    /// each time, and is no news for that.
+    told: Vec<(FailureKind, Loud, Instant)>,
     backend: Option<Arc<Backend>>,
     /// What it serves, with its place in each pool. Kept while it is not ready, so that its models stay known.
     pools: Vec<(Arc<ModelObject>, Option<Arc<Member>>)>,
@@ -347,6 +352,7 @@ impl Registry {
             answered_at: None,
             suspected_at: None,
             probe_error: None,
+            told: Vec::new(),
             backend: None,
             pools: Vec::new(),
             ready_serial: 0,
@@ -406,20 +412,23 @@ impl Registry {
         match answer.outcome {
             Ok(listing) => {
                 entry.probe_error = None;
+                let now = Instant::now();
+                entry.told.retain(|(.., at)| *at + TELL_AGAIN > now);
                 self.take_listing(&answer.id, listing);
                 self.on_event(&answer.id, Event::ProbeOk);
             }
             Err(error) => {
                 let name = &entry.endpoint.name;
-                let (reason, advice) = (error.to_string(), error.advice(name));
-                if entry.probe_error.as_ref().is_none_or(|known| known.reason != reason) {
-                    let (loud, text) = match entry.life.state() {
-                        State::Ready => (Loud::Warning, format!("is live, but does not tell its models: {reason}")),
-                        _ => (Loud::Info, format!("is not live yet, it is asked until it answers: {reason}")),
-                    };
+                let (kind, reason, advice) = (error.kind(), error.to_string(), error.advice(name));
+                let (loud, text) = match entry.life.state() {
+                    State::Ready => (Loud::Warning, format!("is live, but does not tell its models: {reason}")),
+                    _ => (Loud::Info, format!("is not live yet, it is asked until it answers: {reason}")),
+                };
+                if !entry.told.iter().any(|(known, how, _)| (*known, *how) == (kind, loud)) {
                     // Most that do not answer are still loading, and need no advice.
                     let advice = (!error.may_be_loading()).then_some(&*advice);
                     tell(&mut self.events, loud, Kind::ProbeFailed, name, text, advice);
+                    entry.told.push((kind, loud, Instant::now()));
                 }
                 entry.probe_error = Some(ProbeTrouble { at: OffsetDateTime::now_utc(), reason, advice });
                 self.on_event(&answer.id, Event::ProbeFailed { refused: error.refused() });

@@ -95,6 +95,14 @@ impl Bench {
         self.answer_to(id, self.tag(id), models);
     }
 
+    /// The backend's answer to its probe is of no use.
+    fn fail(&mut self, id: &str, error: ProbeError) {
+        let (incarnation, serial) = self.tag(id);
+        let outcome = Err(error);
+        self.registry.on_answer(Answer { id: id.into(), incarnation, serial, outcome, took: Duration::ZERO });
+        self.settle();
+    }
+
     /// The texts of all events of this kind.
     fn told(&mut self, kind: Kind) -> Vec<String> {
         let events = self.registry.status().events.into_iter();
@@ -636,6 +644,44 @@ async fn models_that_have_gone_are_bounded_for_each_container() {
     // Whose container goes away loses nothing of what it had at last.
     bench.change(Change::Ended("a".into()));
     assert_eq!(bench.why_not_ready("newer"), "its container has gone");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_fails_is_told_once_for_each_kind_of_failure() {
+    let path = || "/v1/models".to_owned();
+    let unusable = |n: usize| ProbeError::Unusable { path: path(), what: format!("the model id {n} is blank") };
+    let status = |n: u16| ProbeError::Status { path: path(), status: http::StatusCode::from_u16(n).unwrap() };
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    for n in 0..200 {
+        bench.pass(Duration::from_secs(1)).await;
+        bench.fail("a", unusable(n));
+        // Nor does it help to take turns.
+        bench.fail("a", status(500 + u16::try_from(n % 90).unwrap()));
+        bench.fail("a", unusable(1000 + n));
+    }
+    let told = bench.told(Kind::ProbeFailed);
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[0].contains("the model id 0 is blank") && told[1].contains("answered 500"), "{told:?}");
+    let reason = bench.registry.status().containers[0].reason.clone().unwrap();
+    assert!(reason.contains("the model id 1199 is blank"), "the status has the latest: {reason}");
+    bench.fail("a", status(404));
+    assert_eq!(bench.told(Kind::ProbeFailed).len(), 3, "another kind is news");
+
+    // What fails after it has worked is news, though not each time.
+    let count = |bench: &mut Bench| bench.told(Kind::ProbeFailed).len();
+    bench.answer("a", &["m"]);
+    for _ in 0..30 {
+        bench.fail("a", unusable(1));
+        bench.answer("a", &["m"]);
+        bench.pass(Duration::from_secs(1)).await;
+    }
+    assert_eq!(count(&mut bench), 4);
+    bench.pass(TELL_AGAIN).await;
+    bench.answer("a", &["m"]);
+    bench.fail("a", unusable(1));
+    assert_eq!(count(&mut bench), 5);
+    assert!(bench.told(Kind::ProbeFailed)[4].starts_with("is live, but does not tell its models: "));
 }
 
 // === as it runs ===
