@@ -1,4 +1,4 @@
-//! The command line: what each subcommand takes, and the help that lists every variable with its default.
+//! The command line: what each subcommand takes, and the help that lists every variable and every label with its default.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use crate::{
     config::{KNOBS, LogFormat},
     demo::DemoOptions,
+    labels,
     status::text::Form,
 };
 
@@ -101,7 +102,7 @@ pub fn command() -> Command {
         .about(
             "One API for all the inference servers that run as Docker containers with the label inference.enable=true",
         )
-        .after_help(variables())
+        .after_help(format!("{}\n\n{}", variables(), container_labels()))
         .arg(
             Arg::new("verbose").short('v').action(ArgAction::Count).global(true).help("log more; twice for everything"),
         )
@@ -203,13 +204,23 @@ pub fn command() -> Command {
 }
 
 fn variables() -> String {
-    let width = KNOBS.iter().map(|knob| knob.name.len()).max().unwrap_or(0);
-    let line = |knob: &crate::config::Knob| {
-        let default = if knob.default.is_empty() { String::new() } else { format!(" [default: {}]", knob.default) };
-        format!("  {:width$}  {}{default}", knob.name, knob.help)
+    section("Environment", KNOBS.iter().map(|knob| (knob.name, knob.default, knob.help)))
+}
+
+fn container_labels() -> String {
+    let rows = labels::KNOWN.iter().map(|label| (label.name, label.default, label.help));
+    section("Labels, on the inference containers", rows)
+}
+
+/// A part of the help: what each name means, with its default.
+fn section<'a>(title: &str, rows: impl Iterator<Item = (&'a str, &'a str, &'a str)> + Clone) -> String {
+    let width = rows.clone().map(|(name, ..)| name.len()).max().unwrap_or(0);
+    let line = |(name, default, help): (&str, &str, &str)| {
+        let default = if default.is_empty() { String::new() } else { format!(" [default: {default}]") };
+        format!("  {name:width$}  {help}{default}")
     };
-    let lines: Vec<String> = KNOBS.iter().map(line).collect();
-    format!("Environment:\n{}", lines.join("\n"))
+    let lines: Vec<String> = rows.map(line).collect();
+    format!("{title}:\n{}", lines.join("\n"))
 }
 
 #[cfg(test)]
@@ -259,6 +270,17 @@ mod tests {
         let help = command().render_help().to_string();
         for knob in KNOBS {
             assert!(help.contains(knob.name) && help.contains(knob.default), "{}", knob.name);
+        }
+    }
+
+    /// A message about a label that is none sends its reader here.
+    #[test]
+    fn help_lists_every_label_with_its_default() {
+        let help = command().render_help().to_string();
+        for label in labels::KNOWN {
+            let line = help.lines().find(|line| line.trim_start().starts_with(&format!("{} ", label.name)));
+            let line = line.unwrap_or_else(|| panic!("{} is not in {help}", label.name));
+            assert!(line.contains(label.help) && line.contains(label.default), "{line}");
         }
     }
 }

@@ -12,7 +12,10 @@ use std::{
     num::{NonZeroU16, NonZeroU32},
 };
 
-use crate::config::{nearest, parse_bool};
+use crate::{
+    config::{nearest, parse_bool},
+    foreign,
+};
 
 /// The label that opts a container in; a list of containers can be filtered by its presence.
 pub const ENABLE: &str = "inference.enable";
@@ -261,12 +264,7 @@ fn nearest_known(name: &str) -> Option<&'static str> {
 
 /// The start of a foreign text as a message may show it.
 fn shown(text: &str) -> String {
-    let mut chars = text.chars();
-    let mut shown: String = chars.by_ref().take(MAX_SHOWN_CHARS).flat_map(char::escape_debug).collect();
-    if chars.next().is_some() {
-        shown.push('…');
-    }
-    shown
+    foreign::shown(text, MAX_SHOWN_CHARS)
 }
 
 fn parse_base_path(text: &str) -> Option<String> {
@@ -310,7 +308,7 @@ fn is_uri_text(text: &str, also: &[u8]) -> bool {
 
 /// Docker and Podman differ in what they allow in a network's name; an unknown name is found out by comparison.
 fn parse_network(text: &str) -> Option<String> {
-    (!text.contains(char::is_control)).then(|| text.to_owned())
+    (!text.contains(foreign::is_misleading)).then(|| text.to_owned())
 }
 
 /// A decimal number in thousandths, exactly.
@@ -502,9 +500,10 @@ mod tests {
     }
 
     #[test]
-    fn a_network_name_holds_no_control_characters() {
+    fn a_network_name_holds_nothing_that_cannot_be_seen() {
         assert_eq!(enabled(&[(NETWORK, "my net_1.x")]).spec.network.as_deref(), Some("my net_1.x"));
         assert_eq!(refused(NETWORK, "a\u{1b}[2Jb").value.as_deref(), Some("a\\u{1b}[2Jb"));
+        assert_eq!(refused(NETWORK, "a\u{202e}b").value.as_deref(), Some("a\\u{202e}b"));
     }
 
     #[test]

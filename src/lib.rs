@@ -78,7 +78,7 @@
 //!                                        discovery::{network, signal, vantage}
 //! telemetry
 //! scan, labels, http1, latency
-//! config, error
+//! config, error, foreign
 //! ```
 //!
 //! Where later parts go: another orchestrator is another [`discovery::Discovery`]; what a policy must know of a backend's
@@ -89,6 +89,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod error;
+pub mod foreign;
 
 pub mod app;
 

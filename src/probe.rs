@@ -19,7 +19,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::{
     discovery::{EndpointId, Incarnation},
     fetch::{Fetch, FetchError},
+    foreign,
     table::ModelObject,
+    telemetry::metrics::UNKNOWN_MODEL,
 };
 
 /// Time for one answer of `/models`, from connecting to its last byte.
@@ -29,9 +31,11 @@ const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Largest answer of `/models`.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
 /// Most models of one backend.
-const MODELS_MAX: usize = 1024;
+pub const MODELS_MAX: usize = 1024;
 /// Longest model id.
 const ID_BYTES_MAX: usize = 256;
+/// How much of a model id is quoted.
+const ID_CHARS_SHOWN: usize = 64;
 /// How much is said about an answer that cannot be used.
 const WHAT_CHARS_MAX: usize = 200;
 /// First wait after a failed probe; it doubles up to [`RETRY_MAX`].
@@ -107,36 +111,75 @@ pub enum ProbeError {
     },
 }
 
+/// Kinds of failures. There are few, so that a server cannot fail in a new way every time; what is to be done is the same
+/// within each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureKind {
+    /// Nobody listens.
+    Refused,
+    /// There is no way to it.
+    NoWay,
+    /// No answer in time.
+    TimedOut,
+    /// What came is no answer, or has no end.
+    Broken,
+    /// It sends elsewhere.
+    Redirect,
+    /// It wants a key.
+    Denied,
+    /// There is no such path.
+    NotFound,
+    /// Any other status that says no.
+    Status,
+    /// An answer that cannot be used.
+    Unusable,
+}
+
 impl ProbeError {
+    /// What kind of failure it is.
+    pub fn kind(&self) -> FailureKind {
+        match self {
+            ProbeError::NoAnswer { error, .. } => match error {
+                FetchError::Refused(_) => FailureKind::Refused,
+                FetchError::Unreachable(..) | FetchError::NoConnection(..) => FailureKind::NoWay,
+                FetchError::TimedOut(_) => FailureKind::TimedOut,
+                FetchError::Broke(_) | FetchError::TooLarge(_) => FailureKind::Broken,
+            },
+            ProbeError::Status { status, .. } => match status.as_u16() {
+                300..=399 => FailureKind::Redirect,
+                401 | 403 => FailureKind::Denied,
+                404 => FailureKind::NotFound,
+                _ => FailureKind::Status,
+            },
+            ProbeError::Unusable { .. } => FailureKind::Unusable,
+        }
+    }
+
     /// What to do about it, for people; `container` is its name.
     pub fn advice(&self, container: &str) -> String {
-        match self {
-            ProbeError::NoAnswer { error: FetchError::Refused(_), .. } => format!(
-                "wait if it is still loading; else let it listen on 0.0.0.0 (--host 0.0.0.0) and set inference.port \
-                 to its port; see docker logs {container}"
-            ),
-            ProbeError::NoAnswer { error: FetchError::Unreachable(..) | FetchError::NoConnection(..), .. } => {
-                "use a network that it shares with the proxy, without a firewall in between".to_owned()
+        let advice = match self.kind() {
+            FailureKind::Refused => {
+                return format!(
+                    "wait if it is still loading; else let it listen on 0.0.0.0 (--host 0.0.0.0) and set \
+                     inference.port to its port; see docker logs {container}"
+                );
             }
-            ProbeError::NoAnswer { error: FetchError::TimedOut(_), .. } => {
-                format!("wait if it is still loading; else see docker logs {container}")
+            FailureKind::TimedOut | FailureKind::Status => {
+                return format!("wait if it is still loading; else see docker logs {container}");
             }
-            ProbeError::NoAnswer { error: FetchError::Broke(_) | FetchError::TooLarge(_), .. } => {
-                "set inference.port to where its HTTP API is".to_owned()
+            FailureKind::NoWay => "use a network that it shares with the proxy, without a firewall in between",
+            FailureKind::Broken => "set inference.port to where its HTTP API is",
+            FailureKind::Redirect => "set inference.api.base_path to where the API is; redirects are not followed",
+            FailureKind::Denied => {
+                "start it without an API key, and check keys in front of the proxy, which holds none"
             }
-            ProbeError::Status { status, .. } => match status.as_u16() {
-                300..=399 => "set inference.api.base_path to where the API is; redirects are not followed".to_owned(),
-                401 | 403 => {
-                    "start it without an API key, and check keys in front of the proxy, which holds none".to_owned()
-                }
-                404 => "set inference.api.base_path, or inference.port, to where the API is".to_owned(),
-                _ => format!("wait if it is still loading; else see docker logs {container}"),
-            },
-            ProbeError::Unusable { .. } => {
-                "set inference.port and inference.api.base_path to where an OpenAI-compatible API lists its models"
-                    .to_owned()
+            FailureKind::NotFound => "set inference.api.base_path, or inference.port, to where the API is",
+            FailureKind::Unusable => {
+                "let it list its models as an OpenAI-compatible API does, or set inference.port and \
+                 inference.api.base_path to where one does"
             }
-        }
+        };
+        advice.to_owned()
     }
 
     /// Whether there is no connection, so that another address may be the right one.
@@ -339,8 +382,17 @@ fn parse_models(body: &[u8]) -> Result<Vec<Arc<ModelObject>>, String> {
         if model.id.is_empty() || model.id.len() > ID_BYTES_MAX {
             return Err(format!("a model id has {} bytes; 1 to {ID_BYTES_MAX} are taken", model.id.len()));
         }
-        if model.id.chars().any(char::is_control) {
-            return Err(format!("the model id {:?} has control characters", model.id));
+        if let Some(c) = model.id.chars().find(|c| foreign::is_misleading(*c)) {
+            let (id, c) = (foreign::shown(&model.id, ID_CHARS_SHOWN), c.escape_unicode());
+            return Err(format!("the model id \"{id}\" has control or format characters, such as {c}"));
+        }
+        if model.id.trim().is_empty() {
+            return Err(format!("the model id {:?} is blank", model.id));
+        }
+        if model.id == UNKNOWN_MODEL {
+            return Err(format!(
+                "the model id {UNKNOWN_MODEL} is reserved: metrics have it for requests without a model"
+            ));
         }
         if ids.insert(model.id.clone()) {
             models.push(Arc::new(ModelObject {
@@ -378,6 +430,9 @@ mod tests {
             r#"{"models":[{"name":"x"}],"object":"list","data":[{"id":"x","created":1,"meta":{"n_ctx":9}}]}"#;
         assert_eq!(ids(llamacpp).unwrap(), ["x"]);
         assert_eq!(ids(r#"{"data":[{"id":"a"},{"id":"b"},{"id":"a","x":1}]}"#).unwrap(), ["a", "b"]);
+        let odd = ["/models/my model.gguf", r"C:\\m", "模型/я-é-e\u{301}", "🦀"];
+        let listing = format!(r#"{{"data":[{}]}}"#, odd.map(|id| format!(r#"{{"id":"{id}"}}"#)).join(","));
+        assert_eq!(ids(&listing).unwrap(), ["/models/my model.gguf", r"C:\m", "模型/я-é-e\u{301}", "🦀"]);
     }
 
     #[test]
@@ -394,13 +449,26 @@ mod tests {
             (r#"{"data":[{"id":7}]}"#, "id"),
             (r#"{"data":[{"id":""}]}"#, "0 bytes"),
             (r#"{"data":[{"id":"a\nb"}]}"#, "control"),
-            (r#"{"data":[{"id":"a\u0000b"}]}"#, "control"),
+            (r#"{"data":[{"id":"a\u0000b"}]}"#, r#""a\0b" has control or format characters, such as \u{0}"#),
+            (r#"{"data":[{"id":"m\u202egpj"}]}"#, r#""m\u{202e}gpj" has control or format characters"#),
+            (r#"{"data":[{"id":"m"},{"id":"n\u2028"}]}"#, r"such as \u{2028}"),
+            (r#"{"data":[{"id":"m\u200b"}]}"#, r"such as \u{200b}"),
+            (r#"{"data":[{"id":" "}]}"#, r#"the model id " " is blank"#),
+            (r#"{"data":[{"id":"\u3000\u00a0"}]}"#, r#"the model id "\u{3000}\u{a0}" is blank"#),
             (many.as_str(), "at most 1024"),
             (long.as_str(), "257 bytes"),
             (deep.as_str(), "JSON"),
         ] {
             let error = ids(body).unwrap_err();
             assert!(error.contains(reason), "{error} should mention {reason}");
+            assert!(!error.contains(foreign::is_misleading), "{error:?}");
         }
+    }
+
+    #[test]
+    fn the_model_that_metrics_need_for_themselves_is_refused() {
+        let error = ids(r#"{"data":[{"id":"m"},{"id":"_unknown"}]}"#).unwrap_err();
+        assert!(error.starts_with("the model id _unknown is reserved"), "{error}");
+        assert_eq!(ids(r#"{"data":[{"id":"_unknown_"},{"id":"unknown"}]}"#).unwrap(), ["_unknown_", "unknown"]);
     }
 }

@@ -25,9 +25,10 @@ use crate::{
     breaker,
     config::{Config, SameModel},
     discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Health, Phase},
+    foreign::few,
     labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
-    probe::{self, Answer, HealthPath, Listing, ProbeHandle, Target},
+    probe::{self, Answer, FailureKind, HealthPath, Listing, MODELS_MAX, ProbeHandle, Target},
     status::{
         self, Ask, ContainerStatus, DiscoveryStatus, LastError, ModelStatus, Status,
         events::{Events, Kind, rfc3339},
@@ -51,6 +52,10 @@ const EARLY_REFRESH: Duration = Duration::from_secs(1);
 const SIGHT_SETTLES: Duration = Duration::from_secs(10);
 /// Least time between two looks at a container because requests could not connect to it.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// A container that has answered may be told of once more because it fails as it did before, but not sooner than this.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// Models that are known after they have gone, of each container: as many as it may have at a time.
+const GONE_MAX: usize = MODELS_MAX;
 /// Containers to be looked at, on their way.
 const LOOKS_MAX: usize = 64;
 /// Probe answers on their way.
@@ -97,6 +102,9 @@ struct Entry {
     suspected_at: Option<Instant>,
     /// What the last probe failed with, and what to do about it; `None` once one has succeeded.
     probe_error: Option<ProbeTrouble>,
+    /// Kinds of failures of probes that have been told, how loudly and when: what a container says of itself may be new
+    /// each time, and is no news for that.
+    told: Vec<(FailureKind, Loud, Instant)>,
     backend: Option<Arc<Backend>>,
     /// What it serves, with its place in each pool. Kept while it is not ready, so that its models stay known.
     pools: Vec<(Arc<ModelObject>, Option<Arc<Member>>)>,
@@ -117,6 +125,8 @@ struct ProbeTrouble {
 struct KnownModel {
     model: Arc<Model>,
     gone_at: Option<Instant>,
+    /// Who announces it, or did last; one of them.
+    announcer: EndpointId,
     /// Roles of those that announce it, or did last.
     roles: Vec<Arc<str>>,
     /// Between which containers a difference has been reported.
@@ -342,6 +352,7 @@ impl Registry {
             answered_at: None,
             suspected_at: None,
             probe_error: None,
+            told: Vec::new(),
             backend: None,
             pools: Vec::new(),
             ready_serial: 0,
@@ -401,20 +412,23 @@ impl Registry {
         match answer.outcome {
             Ok(listing) => {
                 entry.probe_error = None;
+                let now = Instant::now();
+                entry.told.retain(|(.., at)| *at + TELL_AGAIN > now);
                 self.take_listing(&answer.id, listing);
                 self.on_event(&answer.id, Event::ProbeOk);
             }
             Err(error) => {
                 let name = &entry.endpoint.name;
-                let (reason, advice) = (error.to_string(), error.advice(name));
-                if entry.probe_error.as_ref().is_none_or(|known| known.reason != reason) {
-                    let (loud, text) = match entry.life.state() {
-                        State::Ready => (Loud::Warning, format!("is live, but does not tell its models: {reason}")),
-                        _ => (Loud::Info, format!("is not live yet, it is asked until it answers: {reason}")),
-                    };
+                let (kind, reason, advice) = (error.kind(), error.to_string(), error.advice(name));
+                let (loud, text) = match entry.life.state() {
+                    State::Ready => (Loud::Warning, format!("is live, but does not tell its models: {reason}")),
+                    _ => (Loud::Info, format!("is not live yet, it is asked until it answers: {reason}")),
+                };
+                if !entry.told.iter().any(|(known, how, _)| (*known, *how) == (kind, loud)) {
                     // Most that do not answer are still loading, and need no advice.
                     let advice = (!error.may_be_loading()).then_some(&*advice);
                     tell(&mut self.events, loud, Kind::ProbeFailed, name, text, advice);
+                    entry.told.push((kind, loud, Instant::now()));
                 }
                 entry.probe_error = Some(ProbeTrouble { at: OffsetDateTime::now_utc(), reason, advice });
                 self.on_event(&answer.id, Event::ProbeFailed { refused: error.refused() });
@@ -595,6 +609,7 @@ impl Registry {
                 let known = self.models.entry(object.id.clone()).or_insert_with(|| KnownModel {
                     model: Model::new(&object.id),
                     gone_at: None,
+                    announcer: id.clone(),
                     roles: Vec::new(),
                     warned: Vec::new(),
                 });
@@ -604,7 +619,7 @@ impl Registry {
         });
         entry.pools = pools.collect();
         if *entry.life.state() == State::Ready {
-            let text = format!("has other models now: {}", entry.models().join(", "));
+            let text = format!("has other models now: {}", few(&entry.models()));
             tell(&mut self.events, Loud::Info, Kind::Models, &entry.endpoint.name, text, None);
             self.metrics.table_updated(TableAction::Update);
             self.dirty = true;
@@ -627,6 +642,7 @@ impl Registry {
                         pool.is_coming |= entry.life.is_coming();
                     }
                 }
+                pool.announcer = Some(&entry.endpoint.id);
                 pool.roles.push(&entry.endpoint.role);
             }
         }
@@ -644,8 +660,9 @@ impl Registry {
         let grace = self.config.model_grace;
         let mut forgotten = Vec::new();
         self.models.retain(|id, known| {
-            if pools.contains_key(&**id) {
+            if let Some(announcer) = pools.get(&**id).and_then(|pool| pool.announcer) {
                 known.gone_at = None;
+                known.announcer.clone_from(announcer);
                 return true;
             }
             let stays = *known.gone_at.get_or_insert(now) + grace > now;
@@ -654,6 +671,7 @@ impl Registry {
             }
             stays
         });
+        forgotten.extend(surplus(&mut self.models));
         let mut routes = Vec::with_capacity(self.models.len());
         for (id, known) in &mut self.models {
             let mut pool = pools.remove(&**id).unwrap_or_default();
@@ -801,7 +819,25 @@ struct Pool<'e> {
     ready: Vec<(&'e Entry, &'e Arc<ModelObject>, &'e Arc<Member>)>,
     why_not_ready: Option<&'static str>,
     is_coming: bool,
+    announcer: Option<&'e EndpointId>,
     roles: Vec<&'e Arc<str>>,
+}
+
+/// Takes out what is too much: where one container has left more than [`GONE_MAX`] models, those that went first. A
+/// container that has others with every answer is remembered for no more than that, and at nobody else's cost.
+fn surplus(models: &mut HashMap<Box<str>, KnownModel>) -> Vec<Arc<Model>> {
+    let mut gone: HashMap<&EndpointId, Vec<(Instant, &str)>> = HashMap::new();
+    for (id, known) in &*models {
+        if let Some(at) = known.gone_at {
+            gone.entry(&known.announcer).or_default().push((at, id));
+        }
+    }
+    let mut ids: Vec<Box<str>> = Vec::new();
+    for mut of_one in gone.into_values().filter(|of_one| of_one.len() > GONE_MAX) {
+        of_one.sort_unstable_by(|a, b| b.cmp(a));
+        ids.extend(of_one.drain(GONE_MAX..).map(|(_, id)| id.into()));
+    }
+    ids.iter().filter_map(|id| models.remove(id)).map(|known| known.model).collect()
 }
 
 // === impl KnownModel ===
@@ -1017,7 +1053,7 @@ fn report_state(events: &mut Events, entry: &Entry) {
         State::Probing => (Loud::Debug, Kind::Probing, "is being asked for its models".to_owned()),
         State::Ready => {
             let at = entry.backend.as_ref().map(|backend| format!(" at {}", backend.spec.addr)).unwrap_or_default();
-            (Loud::Info, Kind::Ready, format!("is live{at} with {}", entry.models().join(", ")))
+            (Loud::Info, Kind::Ready, format!("is live{at} with {}", few(&entry.models())))
         }
         State::Unhealthy { why, .. } => {
             advice = Some(why.advice(name));
@@ -1059,7 +1095,7 @@ fn trace_state(metrics: &Metrics, entry: &Entry) {
             ("container.name", endpoint.name.clone()),
             ("container.image.name", endpoint.image.clone()),
             ("backend.state", state.to_owned()),
-            ("models", entry.models().join(",")),
+            ("models", few(&entry.models())),
         ];
         facts.into_iter().chain(reason).collect()
     });

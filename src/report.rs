@@ -2,8 +2,8 @@
 //!
 //! `/metrics` and OTLP are two [`Report`]s of the same telling, so neither can know what the other does not, and nothing is
 //! recorded twice. What is told of models and backends is what the table holds at that moment: their series go with them.
-//! A histogram of a model appears with the first value in it, so a backend that announces a thousand models nobody uses
-//! does not swell the page.
+//! Series of a model appear once there is something to tell, so a backend that announces a thousand models nobody uses
+//! swells the page by no more than the list of what it serves (`proxy_backend_inflight`).
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +19,7 @@ use crate::{
     telemetry::{
         exposition::Report,
         families::{self, Family},
-        metrics::{Histogram, Metrics, ModelMetrics, PerWord},
+        metrics::{Histogram, Metrics, ModelMetrics, PerWord, UNKNOWN_MODEL},
         process::Usage,
     },
 };
@@ -33,22 +33,22 @@ pub struct Reporter {
     pub metrics: Arc<Metrics>,
 }
 
-/// The model in series of requests whose model nobody knows.
-pub const UNKNOWN_MODEL: &str = "_unknown";
-
 impl Reporter {
     /// Tells every metric, in the order of [`families::ALL`].
     pub fn tell(&self, to: &mut impl Report) {
         let table = self.table.snapshot();
-        // A backend that calls its model as we call none would make series twice.
-        let routes: Vec<&Route> =
-            table.routes().into_iter().filter(|route| &*route.model.id != UNKNOWN_MODEL).collect();
+        let routes = table.routes();
+        // A model that nobody has asked for has nothing to tell: there may be thousands of them.
         let models = routes.iter().map(|route| (&*route.model.id, &route.model.metrics));
-        let models: Vec<(&str, &ModelMetrics)> = models.chain([(UNKNOWN_MODEL, &self.metrics.unknown)]).collect();
+        let models = models.chain([(UNKNOWN_MODEL, &self.metrics.unknown)]);
+        let models: Vec<(&str, &ModelMetrics)> = models.filter(|(_, metrics)| !metrics.requests.is_empty()).collect();
         tell_models(&models, to);
         to.family(&families::QUEUE_DEPTH);
-        for route in &routes {
-            to.sample(&[("model", &route.model.id)], route.model.waiting.len().into());
+        for Route { model, .. } in routes {
+            let waiting = model.waiting.len();
+            if waiting > 0 || !model.metrics.requests.is_empty() {
+                to.sample(&[("model", &model.id)], waiting.into());
+            }
         }
         per_model(&families::QUEUE_WAIT, &models, |metrics| &metrics.queue_wait, to);
         self.tell_requests(to);
@@ -242,6 +242,8 @@ fn per_word(family: &'static Family, numbers: &PerWord, to: &mut impl Report) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         backend::{Model, tests::member},
@@ -272,20 +274,41 @@ mod tests {
         assert_eq!(order.0, all);
     }
 
+    fn route(id: &str) -> Route {
+        Route { model: Model::new(id), members: Box::default(), object: None, why_not_ready: "", is_coming: false }
+    }
+
+    #[test]
+    fn a_model_that_nobody_asks_for_has_no_series_of_its_own() {
+        let (mut publisher, reader) = table::table();
+        let (idle, asked, wanted) = (route("idle"), route("asked"), route("wanted"));
+        asked.model.metrics.request_done(200, Duration::from_secs(1));
+        let line = wanted.model.clone();
+        let _ticket = line.waiting.join(1, crate::waiting::Whom::Anybody).unwrap();
+        publisher.publish(RoutingTable::new(vec![idle, asked, wanted], Vec::new(), Vec::new()));
+        let mut text = Exposition::default();
+        Reporter { table: reader, metrics: Arc::new(Metrics::default()) }.tell(&mut text);
+        let text = text.finish();
+        for absent in ["model=\"idle\"", "model=\"_unknown\"", "proxy_tokens_total{model=\"wanted\""] {
+            assert!(!text.contains(absent), "{absent} in {text}");
+        }
+        for there in [
+            "proxy_requests_total{model=\"asked\",status=\"200\"} 1\n",
+            "proxy_tokens_total{model=\"asked\",type=\"output\"} 0\n",
+            "proxy_queue_depth{model=\"asked\"} 0\n",
+            "proxy_queue_depth{model=\"wanted\"} 1\n",
+        ] {
+            assert!(text.contains(there), "{there} not in {text}");
+        }
+    }
+
     #[test]
     fn no_series_is_told_twice_whatever_containers_call_themselves() {
         let (mut publisher, reader) = table::table();
         let (old, new) = (member("web", 1, None), member("web", 1, None));
         let _one = old.try_acquire(tokio::time::Instant::now()).unwrap();
-        let route = |id: &str| Route {
-            model: Model::new(id),
-            members: Box::default(),
-            object: None,
-            why_not_ready: "",
-            is_coming: false,
-        };
         publisher.publish(RoutingTable::new(
-            vec![route("m"), route(UNKNOWN_MODEL)],
+            vec![route("m")],
             vec![old.backend.clone(), new.backend.clone()],
             vec![old, new],
         ));

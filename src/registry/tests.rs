@@ -95,6 +95,20 @@ impl Bench {
         self.answer_to(id, self.tag(id), models);
     }
 
+    /// The backend's answer to its probe is of no use.
+    fn fail(&mut self, id: &str, error: ProbeError) {
+        let (incarnation, serial) = self.tag(id);
+        let outcome = Err(error);
+        self.registry.on_answer(Answer { id: id.into(), incarnation, serial, outcome, took: Duration::ZERO });
+        self.settle();
+    }
+
+    /// The texts of all events of this kind.
+    fn told(&mut self, kind: Kind) -> Vec<String> {
+        let events = self.registry.status().events.into_iter();
+        events.filter(|event| event.kind == kind.as_str()).map(|event| event.text).collect()
+    }
+
     async fn pass(&mut self, time: Duration) {
         advance(time).await;
         self.registry.on_deadlines();
@@ -565,6 +579,109 @@ async fn the_status_explains_every_container_and_tells_what_has_happened() {
         ("live", "gone"),
     ];
     assert_eq!(kinds, expected);
+}
+
+/// Ids as long as they may be, and as many: `n` tells one set from the next.
+fn endless_ids(n: usize) -> Vec<String> {
+    (0..MODELS_MAX).map(|i| format!("{n}-{i}-{:x<240}", "")).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_with_a_thousand_models_does_not_fill_what_is_told() {
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    for n in 0..8 {
+        bench.answer("a", &endless_ids(n % 2).iter().map(String::as_str).collect::<Vec<_>>());
+        if n % 2 == 1 {
+            bench.change(Change::Suspended("a".into()));
+            bench.change(upsert(container("a")));
+        }
+    }
+    let events = bench.registry.status().events;
+    assert!(events.iter().filter(|event| event.text.contains("0-3-xxx")).count() >= 4, "{events:?}");
+    let longest = events.iter().map(|event| event.text.len()).max();
+    assert!(longest <= Some(1024), "{longest:?} bytes");
+
+    bench.change(upsert(container("b")));
+    bench.answer("b", &["1", "2", "3", "4", "5"]);
+    bench.answer("b", &["1", "2", "3", "4", "5", "6", "7"]);
+    assert!(bench.told(Kind::Ready).pop().unwrap().ends_with(" with 1, 2, 3, 4, 5"));
+    assert_eq!(bench.told(Kind::Models).pop().unwrap(), "has other models now: 1, 2, 3, 4, 5 and 2 more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn models_that_have_gone_are_bounded_for_each_container() {
+    let mut bench = bench(|config| config.model_grace = Duration::from_secs(86_400));
+    for id in ["a", "b", "c"] {
+        bench.change(upsert(container(id)));
+    }
+    bench.answer("b", &["of-b", "other"]);
+    bench.answer("b", &["other"]);
+    bench.answer("c", &["of-c"]);
+    bench.change(Change::Ended("c".into()));
+    let known = |bench: &Bench| bench.registry.models.len();
+    for n in 0..5 {
+        bench.pass(Duration::from_secs(1)).await;
+        bench.answer("a", &endless_ids(n).iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(known(&bench) <= MODELS_MAX + GONE_MAX + 3, "{} after {n}", known(&bench));
+    }
+    // What it has, what it had last, and what others have and had.
+    for n in [3, 4] {
+        assert!(endless_ids(n).iter().all(|id| bench.registry.models.contains_key(&**id)), "{n}");
+    }
+    assert_eq!(bench.why_not_ready("of-b"), "its container has gone");
+    assert_eq!(bench.why_not_ready("of-c"), "its container has gone");
+
+    // Fewer at a time: the oldest of them go first.
+    bench.pass(Duration::from_secs(1)).await;
+    bench.answer("a", &["new"]);
+    assert!(endless_ids(4).iter().all(|id| bench.registry.models.contains_key(&**id)));
+    assert_eq!(known(&bench), 1 + GONE_MAX + 3);
+    bench.pass(Duration::from_secs(1)).await;
+    bench.answer("a", &["newer"]);
+    assert_eq!((bench.why_not_ready("new"), known(&bench)), ("its container has gone", 1 + GONE_MAX + 3));
+    assert_eq!(endless_ids(4).iter().filter(|id| bench.registry.models.contains_key(&***id)).count(), GONE_MAX - 1);
+    // Whose container goes away loses nothing of what it had at last.
+    bench.change(Change::Ended("a".into()));
+    assert_eq!(bench.why_not_ready("newer"), "its container has gone");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_fails_is_told_once_for_each_kind_of_failure() {
+    let path = || "/v1/models".to_owned();
+    let unusable = |n: usize| ProbeError::Unusable { path: path(), what: format!("the model id {n} is blank") };
+    let status = |n: u16| ProbeError::Status { path: path(), status: http::StatusCode::from_u16(n).unwrap() };
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a")));
+    for n in 0..200 {
+        bench.pass(Duration::from_secs(1)).await;
+        bench.fail("a", unusable(n));
+        // Nor does it help to take turns.
+        bench.fail("a", status(500 + u16::try_from(n % 90).unwrap()));
+        bench.fail("a", unusable(1000 + n));
+    }
+    let told = bench.told(Kind::ProbeFailed);
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[0].contains("the model id 0 is blank") && told[1].contains("answered 500"), "{told:?}");
+    let reason = bench.registry.status().containers[0].reason.clone().unwrap();
+    assert!(reason.contains("the model id 1199 is blank"), "the status has the latest: {reason}");
+    bench.fail("a", status(404));
+    assert_eq!(bench.told(Kind::ProbeFailed).len(), 3, "another kind is news");
+
+    // What fails after it has worked is news, though not each time.
+    let count = |bench: &mut Bench| bench.told(Kind::ProbeFailed).len();
+    bench.answer("a", &["m"]);
+    for _ in 0..30 {
+        bench.fail("a", unusable(1));
+        bench.answer("a", &["m"]);
+        bench.pass(Duration::from_secs(1)).await;
+    }
+    assert_eq!(count(&mut bench), 4);
+    bench.pass(TELL_AGAIN).await;
+    bench.answer("a", &["m"]);
+    bench.fail("a", unusable(1));
+    assert_eq!(count(&mut bench), 5);
+    assert!(bench.told(Kind::ProbeFailed)[4].starts_with("is live, but does not tell its models: "));
 }
 
 // === as it runs ===

@@ -5,9 +5,12 @@ use std::collections::VecDeque;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::Event;
+use crate::foreign;
 
 /// Events that are remembered: some minutes of a busy day, and no more than a page shows.
 pub const EVENTS_MAX: usize = 256;
+/// Longest text of an event: whoever watches is sent all of them again with every change.
+const TEXT_BYTES_MAX: usize = 1024;
 
 /// What kind of thing has happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +90,7 @@ impl Events {
             container: container.map(str::to_owned),
             kind: kind.as_str().to_owned(),
             warning,
-            text,
+            text: foreign::cut(text, TEXT_BYTES_MAX),
         });
     }
 
@@ -118,5 +121,16 @@ mod tests {
         assert_eq!((latest[0].serial, latest[0].text.as_str()), (11, "10"));
         assert_eq!(latest.last().unwrap().serial, EVENTS_MAX as u64 + 10);
         assert_eq!(latest[0].at, "1970-01-01T00:00:00Z");
+    }
+
+    #[test]
+    fn a_long_text_is_cut() {
+        let mut events = Events::default();
+        for text in ["x".repeat(TEXT_BYTES_MAX), "ü".repeat(1_000_000)] {
+            events.push(OffsetDateTime::UNIX_EPOCH, Kind::Ready, None, false, text);
+        }
+        let latest = events.latest();
+        assert_eq!(latest[0].text, "x".repeat(TEXT_BYTES_MAX));
+        assert_eq!(latest[1].text, format!("{}…", "ü".repeat(510)));
     }
 }

@@ -4,10 +4,13 @@ use std::fmt::Write as _;
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{ContainerStatus, Status};
+use super::{ContainerStatus, ModelStatus, Status};
+use crate::foreign::few;
 
 /// How many of the latest events are shown.
 const EVENTS_SHOWN: usize = 8;
+/// How many of the models that somebody may miss are shown.
+const MODELS_SHOWN: usize = 8;
 /// What stands below a line is indented by this.
 const INDENT: &str = "    ";
 
@@ -164,24 +167,34 @@ impl Page {
             Some(network) => format!("{address} on {network}"),
             None => address.clone(),
         });
-        let facts: Vec<String> =
-            [container.models.join(", ")].into_iter().chain(way).filter(|t| !t.is_empty()).collect();
+        let facts: Vec<String> = [few(&container.models)].into_iter().chain(way).filter(|t| !t.is_empty()).collect();
         if !facts.is_empty() {
             self.wrapped(INDENT, &facts.join(" · "), Ink::Faint);
         }
     }
 
     fn models(&mut self, status: &Status) {
-        let mut told = false;
-        for model in status.models.iter().filter(|model| !model.ready || model.waiting > 0) {
-            if !std::mem::replace(&mut told, true) {
-                self.text.push('\n');
-            }
+        let mut missed: Vec<&ModelStatus> =
+            status.models.iter().filter(|model| !model.ready || model.waiting > 0).collect();
+        if missed.is_empty() {
+            return;
+        }
+        // Somebody does miss those.
+        missed.sort_by_key(|model| model.waiting == 0);
+        self.text.push('\n');
+        for model in missed.iter().take(MODELS_SHOWN) {
             let text = match &model.reason {
                 Some(reason) => format!("model {}: nobody can serve it now: {reason}", model.id),
                 None => format!("model {}: {} requests wait for a place", model.id, model.waiting),
             };
             self.wrapped("", &text, Ink::Warning);
+        }
+        if let more @ 1.. = missed.len().saturating_sub(MODELS_SHOWN) {
+            self.wrapped(
+                "",
+                &format!("and {more} more models that nobody can serve now, or not at once"),
+                Ink::Warning,
+            );
         }
     }
 
@@ -432,6 +445,24 @@ pub(crate) mod tests {
         let long: Vec<&str> =
             text.lines().filter(|line| line.starts_with("    ") && line.chars().count() > 60).collect();
         assert!(long.is_empty(), "{long:?}");
+    }
+
+    #[test]
+    fn a_thousand_models_take_a_few_lines() {
+        let ids: Vec<String> = (0..1000).map(|n| format!("model-{n:03}")).collect();
+        let mut container = container("one", "ready");
+        container.models.clone_from(&ids);
+        let mut status = status(vec![container]);
+        let gone = status.models.remove(0);
+        status.models = ids.into_iter().map(|id| ModelStatus { id, ..gone.clone() }).collect();
+        status.models[999] = ModelStatus { ready: true, reason: None, waiting: 3, ..status.models[999].clone() };
+        let text = render(&status, Look::default());
+        assert!(text.contains("    model-000, model-001, model-002, model-003, model-004 and 995 more · "), "{text}");
+        let told: Vec<&str> = text.lines().filter(|line| line.contains("model") && !line.starts_with(' ')).collect();
+        assert_eq!(told.len(), MODELS_SHOWN + 1, "{text}");
+        assert_eq!(told[0], "model model-999: 3 requests wait for a place");
+        assert_eq!(told[1], "model model-000: nobody can serve it now: its container has gone");
+        assert_eq!(told[MODELS_SHOWN], "and 992 more models that nobody can serve now, or not at once");
     }
 
     #[test]

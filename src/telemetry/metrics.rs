@@ -225,6 +225,9 @@ impl PerWord {
     }
 }
 
+/// The model in series of requests whose model nobody knows. No backend may announce it.
+pub const UNKNOWN_MODEL: &str = "_unknown";
+
 /// How many distinct statuses one model keeps apart; what comes after them is counted as status `other`.
 const STATUS_SLOTS: usize = 32;
 
@@ -254,6 +257,12 @@ impl StatusCounts {
             }
         }
         self.other.fetch_add(1, Relaxed);
+    }
+
+    /// Nothing has been counted.
+    pub fn is_empty(&self) -> bool {
+        // The first slot is claimed by whoever counts first.
+        self.slots[0].0.load(Relaxed) == 0
     }
 
     /// Calls `visit` with every status seen and its count.
@@ -535,10 +544,12 @@ mod tests {
     #[test]
     fn statuses_are_counted_apart_and_bounded() {
         let counts = StatusCounts::default();
+        assert!(counts.is_empty());
         for status in 100..200 {
             counts.increment(status);
             counts.increment(status);
         }
+        assert!(!counts.is_empty());
         let mut seen = Vec::new();
         counts.each(|status, count| seen.push((status.to_string(), count)));
         assert_eq!(seen.len(), STATUS_SLOTS + 1);

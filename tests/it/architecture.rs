@@ -23,7 +23,7 @@ const LAYERS: &[&[&str]] = &[
     &["discovery::network", "discovery::signal", "discovery::vantage"],
     &["telemetry"],
     &["scan", "labels", "http1", "latency"],
-    &["config", "error"],
+    &["config", "error", "foreign"],
 ];
 
 /// Files in which decisions are made: state, input and time come in as arguments.
@@ -39,6 +39,7 @@ const PURE: &[&str] = &[
     "discovery/network.rs",
     "discovery/signal.rs",
     "discovery/vantage.rs",
+    "foreign.rs",
     "labels.rs",
     "latency.rs",
     "lifecycle.rs",
