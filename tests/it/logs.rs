@@ -397,6 +397,24 @@ async fn o06_what_is_said_before_a_failed_start_comes_out_in_its_order() {
     assert!(error.starts_with(&format!("inference-proxy: cannot listen on data port {port}")), "{said}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_a_filter_that_would_silence_everything_by_mistake_stops_the_start() {
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    // With a port that cannot be had, so that it ends whatever it makes of the filter.
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for filter in ["warning", "debg", "nonsense", "warn,foo"] {
+        let (code, said) = ended(&engine, &[("PROXY_PORT", &port), ("PROXY_LOG", filter)]);
+        assert_eq!(code, Some(2), "{said}");
+        let expected = format!("inference-proxy: bad configuration: PROXY_LOG={filter:?}: expected off, error, warn");
+        assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
+    }
+    let (code, said) = ended(&engine, &[("PROXY_PORT", &port), ("PROXY_LOG", "info,"), ("PROXY_NONSENSE", "1")]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("PROXY_NONSENSE is not a variable"), "a comma too many silences nothing: {said}");
+}
+
 /// Tells the child what to be.
 const PANICKING: &str = "IT_LOGS_PANICKING";
 
