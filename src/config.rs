@@ -8,6 +8,8 @@ pub mod otlp;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
 use self::otlp::OtlpSettings;
 
 /// One environment variable: its name, its default as a user would write it, and what it does.
@@ -72,7 +74,7 @@ const OWN: &[Knob] = &[
     knob(
         "PROXY_LOG",
         "info",
-        "error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug",
+        "off, error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug",
     ),
     knob("PROXY_ACCESS_LOG", "off", "on: one line per request at info"),
     knob("PROXY_USAGE_METRICS", "on", "off: answers are not looked at for their token counts, finish reasons and ids"),
@@ -160,7 +162,7 @@ pub struct Config {
 
 /// A variable whose value is not understood. The process ends with exit code 2.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{name}={value:?}: expected {expected}")]
+#[error("{name}={value:?}: expected {expected}{}", .meant.map(|meant| format!("; did you mean {meant}?")).unwrap_or_default())]
 pub struct ConfigError {
     /// The variable.
     pub name: &'static str,
@@ -168,6 +170,8 @@ pub struct ConfigError {
     pub value: String,
     /// What is accepted.
     pub expected: &'static str,
+    /// What was probably meant.
+    pub meant: Option<&'static str>,
 }
 
 /// Something in the environment that a user probably did not mean; it stops nothing.
@@ -253,9 +257,9 @@ impl Config {
             max_body_bytes: env.required("PROXY_MAX_BODY", SIZE, parse_size)?,
             hold_max_bytes: env.required("PROXY_HOLD_MAX", SIZE, |v| parse_size(v)?.try_into().ok())?,
             cors_origins: env.list("PROXY_CORS_ORIGINS"),
-            log: env.required("PROXY_LOG", "error, warn, info, debug, trace or a filter", |v| {
-                v.parse::<tracing_subscriber::filter::Targets>().is_ok().then(|| v.to_owned())
-            })?,
+            log: env
+                .required("PROXY_LOG", LOG_FILTER, parse_log_filter)
+                .map_err(|error| ConfigError { meant: meant_in_log_filter(&error.value), ..error })?,
             access_log: env.required("PROXY_ACCESS_LOG", "on or off", parse_bool)?,
             usage_metrics: env.required("PROXY_USAGE_METRICS", "on or off", parse_bool)?,
             log_format: env.optional("PROXY_LOG_FORMAT", "text, json or yaml", LogFormat::parse)?,
@@ -290,6 +294,13 @@ impl LogFormat {
 const DURATION: &str = "a duration such as 500ms, 60s or 2m (a bare number is seconds)";
 const DURATION_OR_OFF: &str = "off, or a duration such as 500ms, 60s or 2m (a bare number is seconds)";
 const SIZE: &str = "a size such as 64KiB, 10MB or 1GiB (a bare number is bytes)";
+const LOG_FILTER: &str =
+    "off, error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug";
+
+/// What of a log filter is a level.
+const LOG_LEVELS: &[&str] = &["off", "error", "warn", "info", "debug", "trace"];
+/// What the target of every line of ours begins with.
+const OWN_TARGET: &str = env!("CARGO_CRATE_NAME");
 
 struct Env {
     vars: BTreeMap<String, String>,
@@ -304,7 +315,7 @@ impl Env {
     ) -> Result<T, ConfigError> {
         let default = KNOBS.iter().find(|k| k.name == name).map_or("", |k| k.default);
         let value = self.vars.get(name).map_or(default, |v| v.trim());
-        parse(value).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected })
+        parse(value).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected, meant: None })
     }
 
     fn optional<T>(
@@ -318,7 +329,7 @@ impl Env {
             return Ok(None);
         };
         let value = value.trim();
-        parse(value).map(Some).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected })
+        parse(value).map(Some).ok_or_else(|| ConfigError { name, value: value.to_owned(), expected, meant: None })
     }
 
     /// The same for a value that may hold a key: it is not repeated in the error.
@@ -413,6 +424,38 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(bytes_per_unit)
 }
 
+/// A filter of log lines as tracing reads it, without parts that are empty. For tracing any word is a target, at least that
+/// of some program: one that can only be a level gone wrong would silence everything, so it must be a level or ours.
+fn parse_log_filter(text: &str) -> Option<String> {
+    let parts: Vec<&str> = parts_of_log_filter(text).collect();
+    let filter = parts.join(",");
+    let is_known = !parts.is_empty() && parts.iter().all(|part| is_log_directive(part));
+    (is_known && filter.parse::<Targets>().is_ok()).then_some(filter)
+}
+
+fn parts_of_log_filter(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').map(str::trim).filter(|part| !part.is_empty())
+}
+
+/// `target=level`, a level, or a target of ours. Whether that level is one, tracing itself says.
+fn is_log_directive(part: &str) -> bool {
+    match part.split_once('=') {
+        Some((target, level)) => !target.is_empty() && !level.is_empty(),
+        None => part.parse::<LevelFilter>().is_ok() || part.split("::").next() == Some(OWN_TARGET),
+    }
+}
+
+/// The level, or the target, that the first wrong word of this filter resembles.
+fn meant_in_log_filter(text: &str) -> Option<&'static str> {
+    let wrong = parts_of_log_filter(text).find(|part| parse_log_filter(part).is_none())?;
+    let word = wrong.rsplit('=').next().unwrap_or(wrong).to_ascii_lowercase();
+    let longer_or_shorter = |level: &&&str| word.len() > 2 && (word.starts_with(**level) || level.starts_with(&*word));
+    let level = LOG_LEVELS.iter().find(longer_or_shorter).copied();
+    let meant = level.or_else(|| nearest(&word, LOG_LEVELS.iter().copied().chain([OWN_TARGET])));
+    // It is not that word that is wrong.
+    meant.filter(|meant| *meant != word)
+}
+
 /// `true`, `1`, `yes`, `on` and their opposites, in any case.
 pub fn parse_bool(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
@@ -462,6 +505,8 @@ mod tests {
             ("PROXY_REQUIRE_HEALTHCHECK", "maybe", "true or false"),
             ("PROXY_BIND", "localhost", "an IP address"),
             ("PROXY_LOG", "loud=very", "error, warn"),
+            ("PROXY_LOG", "nonsense", "error, warn"),
+            ("PROXY_LOG", ",", "error, warn"),
             ("PROXY_QUEUE_MAX", "-1", "a number"),
             ("PROXY_MODELS_REFRESH", "0", "at least 1s"),
             ("DOCKER_HOST", "/var/run/docker.sock", "unix:///path"),
@@ -469,6 +514,52 @@ mod tests {
             let error = config(&[(name, value)]).unwrap_err();
             assert_eq!((error.name, error.value.as_str()), (name, value));
             assert!(error.expected.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_log_filter_is_made_of_levels_and_targets() {
+        for (text, filter) in [
+            ("info", "info"),
+            ("WARN", "WARN"),
+            ("Off", "Off"),
+            ("info,", "info"),
+            (" , info ,, inference_proxy::registry=debug", "info,inference_proxy::registry=debug"),
+            ("warn,inference_proxy::proxy", "warn,inference_proxy::proxy"),
+            ("inference_proxy", "inference_proxy"),
+            ("hyper=trace", "hyper=trace"),
+            ("info,hyper=off,bollard=WARN", "info,hyper=off,bollard=WARN"),
+        ] {
+            assert_eq!(config(&[("PROXY_LOG", text)]).unwrap().0.log, filter, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_word_that_is_no_level_is_refused_with_what_was_probably_meant() {
+        for (text, meant) in [
+            ("warning", Some("warn")),
+            ("WARNING", Some("warn")),
+            ("info,inference_proxy=warning", Some("warn")),
+            ("information", Some("info")),
+            ("err", Some("error")),
+            ("debg", Some("debug")),
+            ("info,dbug", Some("debug")),
+            ("inference-proxy", Some("inference_proxy")),
+            ("nonsense", None),
+            ("verbose", None),
+            ("warn,foo", None),
+            ("inference_proxying", Some("inference_proxy")),
+            ("info=", None),
+            ("=info", None),
+            ("a=b=info", None),
+            (",,", None),
+        ] {
+            let error = config(&[("PROXY_LOG", text)]).expect_err(text);
+            assert_eq!(error.meant, meant, "{text}");
+            let told = error.to_string();
+            let end = meant.map_or("=debug".to_owned(), |meant| format!("; did you mean {meant}?"));
+            assert!(told.starts_with(&format!("PROXY_LOG={text:?}: expected off, error, warn")), "{told}");
+            assert!(told.ends_with(&end), "{told}");
         }
     }
 

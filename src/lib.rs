@@ -55,6 +55,7 @@
 //! * Nothing is sent to a second backend once a byte of an answer has come.
 //! * Losing sight of the engine changes no route: what is known stays until something is known to be otherwise.
 //! * Every queue, buffer and wait has a bound, and the request path takes no contended lock.
+//! * Nobody waits for whoever reads the log: lines that are not taken are dropped and counted.
 //! * Keys, prompts and container environments are in no log, metric, status or error.
 //!
 //! # Layers

@@ -6,11 +6,11 @@ use inference_proxy::{
     app::App,
     cli::{self, Call},
     commands,
-    config::Config,
+    config::{Config, Warning},
     demo,
     discovery::docker::DockerDiscovery,
     status::text::Look,
-    telemetry,
+    telemetry::log,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -36,16 +36,24 @@ fn main() -> ExitCode {
             return ExitCode::from(BAD_CONFIGURATION);
         }
     };
-    telemetry::log::init(cli.log.unwrap_or(&config.log), cli.log_format.or(config.log_format));
+    if let Err(error) = log::init(cli.log.unwrap_or(&config.log), cli.log_format.or(config.log_format)) {
+        eprintln!("inference-proxy: cannot start: {error}");
+        return ExitCode::FAILURE;
+    }
+    log::report_panics();
+    let code = run(cli.call, config, warnings);
+    log::flush();
+    code
+}
+
+/// Does what is asked for. What it says goes by way of the log, which nobody ever waits for.
+fn run(call: Call, config: Config, warnings: Vec<Warning>) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("inference-proxy: cannot start: {error}");
-            return ExitCode::FAILURE;
-        }
+        Err(error) => return told(Err(format!("cannot start: {error}"))),
     };
     let code = runtime.block_on(async {
-        match cli.call {
+        match call {
             Call::Serve => {
                 for warning in warnings {
                     tracing::warn!("{warning}");
@@ -74,7 +82,7 @@ fn told(outcome: Result<(), String>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(text) => {
-            eprintln!("inference-proxy: {text}");
+            log::say(&format!("inference-proxy: {text}"));
             ExitCode::FAILURE
         }
     }
@@ -84,17 +92,13 @@ fn told(outcome: Result<(), String>) -> ExitCode {
 async fn serve(config: Config) -> ExitCode {
     let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
-        eprintln!("inference-proxy: cannot listen for signals");
-        return ExitCode::FAILURE;
+        return told(Err("cannot listen for signals".to_owned()));
     };
     let own_ports = std::iter::once(config.port).chain(config.admin_port).collect();
     let discovery = DockerDiscovery::new(config.docker.clone(), config.network.clone(), own_ports);
     let app = match App::start(config, Box::new(discovery)).await {
         Ok(app) => app,
-        Err(error) => {
-            eprintln!("inference-proxy: {error}");
-            return ExitCode::FAILURE;
-        }
+        Err(error) => return told(Err(error.to_string())),
     };
     told_to_stop(&mut terminate, &mut interrupt).await;
     tokio::select! {

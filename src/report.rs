@@ -19,6 +19,7 @@ use crate::{
     telemetry::{
         exposition::Report,
         families::{self, Family},
+        log,
         metrics::{Histogram, Metrics, ModelMetrics, PerWord, UNKNOWN_MODEL},
         process::Usage,
     },
@@ -199,6 +200,8 @@ fn tell_backends(table: &RoutingTable, to: &mut impl Report) {
 }
 
 fn tell_process(to: &mut impl Report) {
+    to.family(&families::LOG_DROPPED);
+    to.sample(&[], log::dropped().into());
     to.family(&families::BUILD);
     to.sample(&[("version", &env!("CARGO_PKG_VERSION"))], 1_u64.into());
     let usage = Usage::now();

@@ -386,6 +386,15 @@ pub static EVENT_LAG: Family = Family {
     otlp: &[own("proxy.discovery.event_lag", "s")],
 };
 
+/// Lines of the log that got lost.
+pub static LOG_DROPPED: Family = Family {
+    name: "proxy_log_lines_dropped_total",
+    kind: Kind::Counter,
+    labels: &[],
+    help: "Lines of the log that were dropped, as nobody took them in time.",
+    otlp: &[own("proxy.log.lines.dropped", "{line}")],
+};
+
 /// What runs.
 pub static BUILD: Family = Family {
     name: "proxy_build_info",
@@ -476,6 +485,7 @@ pub static ALL: &[&Family] = &[
     &LAST_SYNC,
     &EVENTS,
     &EVENT_LAG,
+    &LOG_DROPPED,
     &BUILD,
     &CPU,
     &MEMORY,

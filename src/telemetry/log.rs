@@ -5,14 +5,22 @@
 //!
 //! A warning that says the same of the same container again and again is let through three times, and then once a minute,
 //! with the number of those that were left out meanwhile (`left_out`).
+//!
+//! Whoever logs never waits for whoever reads: lines go through a bounded queue to one thread that writes them, so nothing
+//! may print to standard error beside it once [`init`] has begun.
 
+mod lines;
 mod repeats;
+mod writer;
 
 use std::{
+    backtrace::{Backtrace, BacktraceStatus},
     fmt,
-    io::IsTerminal as _,
+    io::{self, IsTerminal as _},
+    panic,
     sync::{Mutex, PoisonError},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
 use tracing::{
@@ -31,15 +39,41 @@ use tracing_subscriber::{
     util::SubscriberInitExt as _,
 };
 
-use self::repeats::Repeats;
+use self::{
+    repeats::Repeats,
+    writer::{Dropped, Queue},
+};
 use crate::config::LogFormat;
 
+/// How long the last lines get to be written: whoever ends the program waits no longer for someone who does not read.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// There is one standard error, so there is one queue to it.
+static QUEUE: Queue = Queue::new();
+
+/// A line as tracing writes it: whole, at once.
+struct Line;
+
+impl io::Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        QUEUE.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Sends events to standard error. `filter` has been validated by the configuration; what does not parse means `info`.
-pub fn init(filter: &str, format: Option<LogFormat>) {
+///
+/// # Errors
+/// The thread that writes cannot be had.
+pub fn init(filter: &str, format: Option<LogFormat>) -> io::Result<()> {
     let targets: Targets = filter.parse().unwrap_or_else(|_| Targets::new().with_default(Level::INFO));
-    let terminal = std::io::stderr().is_terminal();
+    let terminal = io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = tracing_subscriber::fmt::layer().with_writer(|| Line);
     let calm = |format| Calm { format, repeats: Mutex::default(), clock: Instant::now };
     let layer = match format {
         LogFormat::Text => {
@@ -52,9 +86,46 @@ pub fn init(filter: &str, format: Option<LogFormat>) {
         }
         LogFormat::Yaml => layer.with_ansi(false).event_format(calm(format).around(Yaml)).boxed(),
     };
-    // A second call (tests start several proxies in one process) keeps the first subscriber.
-    let _ =
-        tracing_subscriber::registry().with(layer.with_filter(targets).with_filter(filter_fn(is_discreet))).try_init();
+    let subscriber =
+        tracing_subscriber::registry().with(layer.with_filter(targets).with_filter(filter_fn(is_discreet)));
+    // A second call (tests start several proxies in one process) keeps the first subscriber, and its writer.
+    if subscriber.try_init().is_ok() {
+        thread::Builder::new().name("log".to_owned()).spawn(|| QUEUE.write_to(io::stderr(), tell_dropped))?;
+    }
+    Ok(())
+}
+
+fn tell_dropped(Dropped { lately, in_all }: Dropped) {
+    // The sum makes each of these lines another one: none is left out as a repetition.
+    tracing::warn!(dropped = lately, dropped_total = in_all, "lines of this log were dropped, as nobody took them");
+}
+
+/// Says this as it is, in its place among the lines, whatever the filter.
+pub fn say(text: &str) {
+    QUEUE.push_urgent(format!("{text}\n").as_bytes());
+}
+
+/// Waits until all that was logged has been written, for at most a second.
+pub fn flush() {
+    QUEUE.flush(FLUSH_TIMEOUT);
+}
+
+/// How many lines were not written, as nobody read them or nothing took them.
+pub fn dropped() -> u64 {
+    QUEUE.dropped()
+}
+
+/// Panics say what they say by default, in their place among the lines. They are waited for: the next thing may be the end
+/// of the process.
+pub fn report_panics() {
+    panic::set_hook(Box::new(|panic| {
+        let (thread, backtrace) = (thread::current(), Backtrace::capture());
+        say(&format!("\nthread '{}' {panic}", thread.name().unwrap_or("<unnamed>")));
+        if backtrace.status() == BacktraceStatus::Captured {
+            say(&format!("stack backtrace:\n{backtrace}"));
+        }
+        flush();
+    }));
 }
 
 /// Whether an event cannot carry what passed through a library.

@@ -63,6 +63,7 @@ const PURE: &[&str] = &[
     "status/events.rs",
     "status/text.rs",
     "tally.rs",
+    "telemetry/log/lines.rs",
     "telemetry/log/repeats.rs",
     "telemetry/otlp/w3c.rs",
 ];

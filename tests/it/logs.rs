@@ -1,10 +1,12 @@
-//! O6: what the log says, and what it never says: the real program, beside an engine that tells it secrets.
+//! O6: what the log says, what it never says, and that nobody has to wait for its reader: the real program, beside an
+//! engine that tells it secrets.
 
 use std::{
     fs::File,
+    io::{BufRead as _, BufReader, Read as _},
     net::SocketAddr,
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStderr, Command, ExitStatus, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -130,17 +132,7 @@ impl Drop for Program {
 impl Program {
     fn start(engine: &Engine, args: &[&str], vars: &[(&str, &str)]) -> Program {
         let log = std::env::temp_dir().join(format!("it-log-{}", fastrand::u64(..)));
-        let child = Command::new(env!("CARGO_BIN_EXE_inference-proxy"))
-            .args(args)
-            .env_clear()
-            .envs([("PROXY_PORT", "0"), ("PROXY_BIND", "127.0.0.1"), ("PROXY_DRAIN_TIMEOUT", "5s")])
-            .env("DOCKER_HOST", format!("tcp://{}", engine.addr))
-            .envs(vars.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).unwrap())
-            .spawn()
-            .unwrap();
+        let child = command(engine, args, vars).stderr(File::create(&log).unwrap()).spawn().unwrap();
         Program { child, log }
     }
 
@@ -150,6 +142,94 @@ impl Program {
 
     async fn says(&self, what: &str) {
         eventually(format!("the log says {what:?}"), async || self.said().contains(what)).await;
+    }
+}
+
+fn command(engine: &Engine, args: &[&str], vars: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_inference-proxy"));
+    command
+        .args(args)
+        .env_clear()
+        .envs([("PROXY_PORT", "0"), ("PROXY_BIND", "127.0.0.1"), ("PROXY_DRAIN_TIMEOUT", "5s")])
+        .env("DOCKER_HOST", format!("tcp://{}", engine.addr))
+        .envs(vars.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command
+}
+
+/// The exit code of a program that does not start, and what it says.
+fn ended(engine: &Engine, vars: &[(&str, &str)]) -> (Option<i32>, String) {
+    let output = command(engine, &[], vars).stderr(Stdio::piped()).output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// The program with its log in a pipe that is read when the test wants to.
+struct Piped {
+    child: Child,
+    addr: SocketAddr,
+    pipe: Option<BufReader<ChildStderr>>,
+    /// Lines that were read until it was known where it listens.
+    read: Vec<Value>,
+}
+
+impl Drop for Piped {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Piped {
+    /// Reads no further than to the line that says that there is a backend.
+    fn start(engine: &Engine, vars: &[(&str, &str)]) -> Piped {
+        let mut child = command(engine, &[], vars).stderr(Stdio::piped()).spawn().unwrap();
+        let mut pipe = BufReader::new(child.stderr.take().unwrap());
+        let mut read: Vec<Value> = Vec::new();
+        while read.last().is_none_or(|line| line["message"] != "ready") {
+            let mut line = String::new();
+            assert_ne!(pipe.read_line(&mut line).unwrap(), 0, "it has ended: {read:?}");
+            read.push(serde_json::from_str(&line).unwrap());
+        }
+        let address = read.iter().find_map(|line| line["address"].as_str()).unwrap();
+        Piped { addr: address.parse().unwrap(), child, pipe: Some(pipe), read }
+    }
+
+    /// Asks until so many lines that nobody reads must have been dropped; returns how often.
+    async fn ask_until_lines_are_dropped(&self) -> usize {
+        // Such a line takes three kilobytes, so that there need not be too many of them.
+        let path = format!("/{}", "long/".repeat(600));
+        let mut client = Client::connect(self.addr).await;
+        let mut asked = 0;
+        loop {
+            for _ in 0..500 {
+                let request = Request::get(&path).header("x-request-id", &asked.to_string());
+                assert_eq!(client.ask(&request).await.status, 404);
+                asked += 1;
+            }
+            if self.dropped(&mut client).await > 0 {
+                return asked;
+            }
+            assert!(asked < 50_000, "nothing is dropped");
+        }
+    }
+
+    async fn dropped(&self, client: &mut Client) -> u64 {
+        let page = client.ask(&Request::get("/metrics")).await.text();
+        let value = page.lines().find_map(|line| line.strip_prefix("proxy_log_lines_dropped_total "));
+        value.unwrap().parse().unwrap()
+    }
+
+    async fn ends_on_sigterm(&mut self) -> ExitStatus {
+        let kill = Command::new("sh").args(["-c", &format!("kill -TERM {}", self.child.id())]).status();
+        assert!(kill.unwrap().success());
+        let mut status = None;
+        eventually("it ends", async || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        })
+        .await;
+        status.unwrap()
     }
 }
 
@@ -243,4 +323,128 @@ async fn o06_yaml_and_text_on_request_and_quiet_means_quiet() {
     let quiet = Program::start(&engine, &["-q"], &[]);
     eventually("it has seen the container", async || upstream.probes() > before).await;
     assert_eq!(quiet.said(), "");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_a_log_that_nobody_reads_holds_nothing_up() {
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    let mut program = Piped::start(&engine, &[("PROXY_ACCESS_LOG", "on")]);
+    let asked = program.ask_until_lines_are_dropped().await;
+    assert!(asked >= 1000, "{asked}");
+    // Whoever changes the routing table logs, too.
+    eventually("it listens to events", async || engine.is_heard()).await;
+    engine.tell("die").await;
+    let mut client = Client::connect(program.addr).await;
+    eventually("the container is gone", async || client.ask(&Request::chat("m")).await.status != 200).await;
+    assert_eq!(client.ask(&Request::get("/healthz")).await.status, 200);
+    assert_eq!(program.ends_on_sigterm().await.code(), Some(0));
+
+    let mut left = String::new();
+    program.pipe.take().unwrap().read_to_string(&mut left).unwrap();
+    assert!(left.ends_with('\n'), "no line is cut in two: {:?}", left.lines().last());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_what_was_dropped_is_told_to_a_reader_that_comes_back() {
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    let mut program = Piped::start(&engine, &[("PROXY_ACCESS_LOG", "on")]);
+    let asked = program.ask_until_lines_are_dropped().await;
+    let mut client = Client::connect(program.addr).await;
+    let dropped = program.dropped(&mut client).await;
+
+    // Its reader comes back.
+    let lines = Arc::new(Mutex::new(std::mem::take(&mut program.read)));
+    let (mut pipe, to_test) = (program.pipe.take().unwrap(), lines.clone());
+    let reader = std::thread::spawn(move || {
+        for line in pipe.by_ref().lines() {
+            to_test.lock().unwrap().push(serde_json::from_str(&line.unwrap()).unwrap());
+        }
+    });
+    let told =
+        |field: &str| -> u64 { lines.lock().unwrap().iter().filter_map(|line: &Value| line[field].as_u64()).sum() };
+    eventually("it is told how many were dropped", async || told("dropped") >= dropped).await;
+    assert_eq!(client.ask(&Request::get("/nowhere").header("x-request-id", "after")).await.status, 404);
+    let in_all = program.dropped(&mut client).await;
+    assert_eq!(program.ends_on_sigterm().await.code(), Some(0));
+    reader.join().unwrap();
+
+    assert_eq!((told("dropped"), in_all), (dropped, dropped), "reading again, nothing more is lost");
+    let lines = lines.lock().unwrap();
+    let warning = lines.iter().find(|line| line["dropped"].is_u64()).unwrap();
+    assert_eq!((&warning["level"], &warning["dropped_total"]), (&"WARN".into(), &dropped.into()));
+    let of_requests: Vec<&Value> = lines.iter().filter(|line| line["message"] == "request").collect();
+    assert_eq!(of_requests.last().unwrap()["request_id"], "after");
+    let numbers: Vec<u64> = of_requests.iter().filter_map(|line| line["request_id"].as_str()?.parse().ok()).collect();
+    assert!(numbers.is_sorted(), "lines keep their order");
+    assert_eq!(numbers.len() as u64 + dropped, asked as u64, "a line is written or counted");
+    assert_eq!(lines.last().unwrap()["message"], "shutting down", "the last line is written before the end");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_what_is_said_before_a_failed_start_comes_out_in_its_order() {
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let vars = [("PROXY_PORT", port.as_str()), ("PROXY_NONSENSE", "1"), ("PROXY_LOG_FORMAT", "text")];
+    let (code, said) = ended(&engine, &vars);
+    assert_eq!(code, Some(1), "{said}");
+    let lines: Vec<&str> = said.lines().collect();
+    let [warning, error] = lines[..] else { panic!("{said}") };
+    assert!(warning.contains("PROXY_NONSENSE is not a variable of this proxy"), "{said}");
+    assert!(error.starts_with(&format!("inference-proxy: cannot listen on data port {port}")), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_a_filter_that_would_silence_everything_by_mistake_stops_the_start() {
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    // With a port that cannot be had, so that it ends whatever it makes of the filter.
+    let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for filter in ["warning", "debg", "nonsense", "warn,foo"] {
+        let (code, said) = ended(&engine, &[("PROXY_PORT", &port), ("PROXY_LOG", filter)]);
+        assert_eq!(code, Some(2), "{said}");
+        let expected = format!("inference-proxy: bad configuration: PROXY_LOG={filter:?}: expected off, error, warn");
+        assert!(said.starts_with(&expected) && said.lines().count() == 1, "{said}");
+    }
+    let (code, said) = ended(&engine, &[("PROXY_PORT", &port), ("PROXY_LOG", "info,"), ("PROXY_NONSENSE", "1")]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("PROXY_NONSENSE is not a variable"), "a comma too many silences nothing: {said}");
+}
+
+/// Tells the child what to be.
+const PANICKING: &str = "IT_LOGS_PANICKING";
+
+/// Not a test: a program that panics between two lines of its log.
+#[test]
+#[ignore = "started by another test, which reads what it says"]
+#[expect(clippy::disallowed_methods, reason = "the environment is how its parent speaks to this process")]
+fn panicking_process() {
+    if std::env::var(PANICKING).is_err() {
+        return;
+    }
+    inference_proxy::telemetry::log::init("info", Some(inference_proxy::config::LogFormat::Text)).unwrap();
+    inference_proxy::telemetry::log::report_panics();
+    tracing::info!("before");
+    let panicked = std::thread::Builder::new().name("worker-7".to_owned()).spawn(|| panic!("on purpose")).unwrap();
+    assert!(panicked.join().is_err());
+    tracing::info!("after");
+    inference_proxy::telemetry::log::flush();
+}
+
+#[test]
+fn o06_a_panic_is_told_in_its_place_among_the_lines() {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["logs::panicking_process", "--exact", "--ignored", "--nocapture"])
+        .env(PANICKING, "1")
+        .env_remove("RUST_BACKTRACE")
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let place = |what: &str| said.find(what).unwrap_or_else(|| panic!("no {what:?} in {said}"));
+    assert!(place("before") < place("\nthread 'worker-7' panicked at tests/it/logs.rs:"), "{said}");
+    assert!(place("on purpose\n") < place("after"), "{said}");
 }

@@ -76,7 +76,11 @@ async fn r10_what_is_confidential_is_in_no_log_and_on_no_page() {
 
     let mut seen: Vec<(String, String)> =
         told.iter().map(|answer| (format!("an answer {}", answer.status), answer.text())).collect();
-    let logged = std::fs::read_to_string(&log).unwrap();
+    // Lines are written in their order: with that of the last request, all are there.
+    ask(&confidential(Request::get("/v1/models").header("x-request-id", "the-last"))).await;
+    let logged = || std::fs::read_to_string(&log).unwrap();
+    eventually("the last request is logged", async || logged().contains("the-last")).await;
+    let logged = logged();
     assert!(logged.contains("/v1/chat/completions") && logged.contains("answer cut"), "logging is on: {logged}");
     seen.push(("the log".to_owned(), logged));
     let spans = collector.spans_of(SpanKind::Server, 8).await;

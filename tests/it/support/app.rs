@@ -428,7 +428,7 @@ async fn proxy_process() {
     let knobs = env::var(CHILD_KNOBS).unwrap();
     let knobs: Vec<(&str, &str)> = knobs.split(',').filter_map(|knob| knob.split_once('=')).collect();
     if env::var(CHILD_LOGS).is_ok() {
-        inference_proxy::telemetry::log::init("trace", None);
+        inference_proxy::telemetry::log::init("trace", None).unwrap();
     }
     let app = TestApp::start_with(&knobs).await;
     for backend in backends.split(',') {
@@ -440,6 +440,7 @@ async fn proxy_process() {
     let parent_is_gone = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new()));
     parent_is_gone.await.unwrap().unwrap();
     soon("the proxy has shut down", tokio::time::timeout(Duration::from_secs(1), app.shutdown())).await.ok();
+    inference_proxy::telemetry::log::flush();
 }
 
 #[test]
