@@ -149,7 +149,7 @@ pub fn answer_id(path: &str) -> Option<Cow<'_, str>> {
 /// What `path` means for `method`. `path` is as the client sent it, without the query.
 pub fn classify<'p>(method: &Method, path: &'p str) -> Target<'p> {
     let reads = method == Method::GET || method == Method::HEAD;
-    if let Some(page) = Page::of(path).filter(|page| reads || *page != Page::Overview) {
+    if let Some(page) = Page::of(path) {
         return Target::Own(page);
     }
     if matches!(path, "/v1/models" | "/v1/models/") {
@@ -268,7 +268,7 @@ mod tests {
             ("/metrics", Page::Metrics),
             ("/status", Page::Status),
         ] {
-            assert_eq!(get(path), Target::Own(page));
+            assert_eq!((get(path), post(path)), (Target::Own(page), Target::Own(page)));
         }
     }
 
