@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{self, Config},
     fetch::Fetch,
     status::{
         Status,
@@ -36,7 +36,7 @@ pub async fn healthcheck(config: &Config, url: Option<&str>) -> Result<(), Strin
         Some(url) => url.to_owned(),
         None => format!("http://{}/healthz", own_addr(config, config.port)),
     };
-    let (status, _) = get(&url).await?;
+    let (status, _) = get(&url, &parsed(&url)?).await?;
     if status.is_success() { Ok(()) } else { Err(format!("{url} answered {status}")) }
 }
 
@@ -49,27 +49,28 @@ pub async fn status(config: &Config, url: Option<&str>, form: Form, look: Look) 
         Some(url) => format!("{}/status", url.trim_end_matches('/').trim_end_matches("/status").trim_end_matches('/')),
         None => format!("http://{}/status", own_addr(config, config.admin_port.unwrap_or(config.port))),
     };
+    let uri = parsed(&url)?;
     match form {
         Form::Json => {
-            let body = ask(&url).await?;
+            let body = ask(&url, &uri).await?;
             let _: Status = read(&url, &body)?;
             print(&format!("{}\n", String::from_utf8_lossy(&body)))
         }
         Form::Table => {
-            let status = read(&url, &ask(&url).await?)?;
+            let status = read(&url, &ask(&url, &uri).await?)?;
             print(&text::render(&status, look))
         }
-        Form::Watch => watch(&url, look).await,
+        Form::Watch => watch(&url, &uri, look).await,
     }
 }
 
 /// Shows it again and again, until Ctrl-C. A proxy that does not answer is shown, too: it may be back in a moment.
-async fn watch(url: &str, look: Look) -> Result<(), String> {
+async fn watch(url: &str, uri: &Uri, look: Look) -> Result<(), String> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("cannot wait for Ctrl-C: {error}"))?;
     let is_terminal = std::io::stdout().is_terminal();
     let showing = async {
         loop {
-            let shown = match ask(url).await.and_then(|body| read(url, &body)) {
+            let shown = match ask(url, uri).await.and_then(|body| read(url, &body)) {
                 Ok(status) => text::render(&status, look),
                 Err(error) => format!("inference-proxy: {error}\n"),
             };
@@ -105,11 +106,8 @@ fn print(text: &str) -> Result<(), String> {
     }
 }
 
-async fn ask(url: &str) -> Result<Bytes, String> {
-    let answer = get(url).await.map_err(|error| {
-        if !url.starts_with("http://") {
-            return error;
-        }
+async fn ask(url: &str, uri: &Uri) -> Result<Bytes, String> {
+    let answer = get(url, uri).await.map_err(|error| {
         let ports = "--url, else PROXY_ADMIN_PORT, else PROXY_PORT";
         format!("{error}; is the proxy running, and is this its port? ({ports})")
     });
@@ -141,11 +139,11 @@ fn own_addr(config: &Config, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
-async fn get(url: &str) -> Result<(StatusCode, Bytes), String> {
-    let uri: Uri = url.parse().map_err(|error| format!("{url:?} is no URL: {error}"))?;
-    if uri.scheme_str() != Some("http") {
-        return Err(format!("{url:?}: expected a URL that begins with http://"));
-    }
+fn parsed(url: &str) -> Result<Uri, String> {
+    config::parse_url(url, &["http://"]).map_err(|error| format!("{url:?}: {error}"))
+}
+
+async fn get(url: &str, uri: &Uri) -> Result<(StatusCode, Bytes), String> {
     let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     let port = uri.port_u16().unwrap_or(80);
     let resolved =

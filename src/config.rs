@@ -8,6 +8,8 @@ pub mod otlp;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
+use http::Uri;
+
 use self::otlp::OtlpSettings;
 
 /// One environment variable: its name, its default as a user would write it, and what it does.
@@ -413,6 +415,41 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(bytes_per_unit)
 }
 
+/// Why a text is not the URL of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UrlError {
+    /// It begins otherwise.
+    #[error("expected a URL that begins with {}", schemes.join(" or "))]
+    Scheme {
+        /// How it may begin.
+        schemes: &'static [&'static str],
+    },
+    /// What follows names no server.
+    #[error("expected a host after {scheme}, and behind it no port or one from 1 to 65535")]
+    Server {
+        /// How it begins.
+        scheme: &'static str,
+    },
+}
+
+/// The URL of a server that begins with one of these `schemes`, such as `http://`. [`Uri`] takes any port, and knows none
+/// where it cannot be one: requests would go to the port of the scheme.
+///
+/// # Errors
+/// It begins otherwise, or has no host, or a port that cannot be.
+pub fn parse_url(text: &str, schemes: &'static [&'static str]) -> Result<Uri, UrlError> {
+    let begins_with = |scheme: &&&str| text.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));
+    let scheme = schemes.iter().find(begins_with).ok_or(UrlError::Scheme { schemes })?;
+    let uri = text.parse::<Uri>().ok().filter(|uri| {
+        uri.authority().is_some_and(|authority| {
+            let server = authority.as_str().rsplit('@').next();
+            let port = authority.port_u16().filter(|port| *port > 0);
+            !authority.host().is_empty() && (port.is_some() || server == Some(authority.host()))
+        })
+    });
+    uri.ok_or(UrlError::Server { scheme })
+}
+
 /// `true`, `1`, `yes`, `on` and their opposites, in any case.
 pub fn parse_bool(text: &str) -> Option<bool> {
     match text.to_ascii_lowercase().as_str() {
@@ -488,6 +525,42 @@ mod tests {
         for text in ["", "KiB", "-1", "1.5GiB", "99999999999GiB"] {
             assert_eq!(parse_size(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn urls_name_a_server_and_a_port_that_there_is() {
+        let parsed = |text| parse_url(text, &["http://"]).map_err(|error| error.to_string());
+        for (text, port) in [
+            ("http://127.0.0.1:8080/status", Some(8080)),
+            ("HTTP://proxy:65535", Some(65535)),
+            ("http://[::1]:80?x", Some(80)),
+            ("http://proxy/a:b", None),
+            ("http://user:1@proxy", None),
+            ("http://[::1]", None),
+        ] {
+            assert_eq!(parsed(text).unwrap().port_u16(), port, "{text}");
+        }
+        for text in ["127.0.0.1:8080/status", "localhost:8080", "proxy", "", "https://proxy", "http:proxy", "\u{1f600}"]
+        {
+            assert_eq!(parsed(text).unwrap_err(), "expected a URL that begins with http://", "{text}");
+        }
+        for text in [
+            "http://127.0.0.1:99999",
+            "http://127.0.0.1:65536/status",
+            "http://proxy:",
+            "http://proxy:0",
+            "http://proxy:http",
+            "http://[::1]:99999",
+            "http://user:1@proxy:99999",
+            "http://",
+            "http://:80",
+            "http://a b",
+        ] {
+            let error = parsed(text).unwrap_err();
+            assert!(error.contains("a host after http://") && error.contains("1 to 65535"), "{text}: {error}");
+        }
+        let both = parse_url("ftp://x", &["http://", "https://"]).unwrap_err().to_string();
+        assert_eq!(both, "expected a URL that begins with http:// or https://");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
 use percent_encoding::percent_decode_str;
 
-use super::{ConfigError, Env, Knob, knob, parse_bool};
+use super::{ConfigError, Env, Knob, knob, parse_bool, parse_url};
 
 /// The variables, in the order of `--help`.
 pub(super) const KNOBS: [Knob; 29] = [
@@ -166,7 +166,8 @@ const METRICS: Signal = Signal {
     grpc_path: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
 };
 
-const ENDPOINT: &str = "http://host:port or https://host:port; user and password go into OTEL_EXPORTER_OTLP_HEADERS";
+const ENDPOINT: &str =
+    "http://host:port or https://host:port, the port 1 to 65535; user and password go into OTEL_EXPORTER_OTLP_HEADERS";
 const PROTOCOL: &str = "grpc or http/protobuf";
 const HEADERS: &str = "key=value,key=value with URL encoding";
 const MILLIS: &str = "a number of milliseconds above zero";
@@ -306,10 +307,8 @@ fn resource(env: &Env) -> Result<Vec<(String, String)>, ConfigError> {
 }
 
 fn parse_endpoint(text: &str) -> Option<Uri> {
-    let uri: Uri = text.parse().ok()?;
-    let authority = uri.authority()?;
-    let is_web = matches!(uri.scheme_str(), Some("http" | "https"));
-    (is_web && !authority.host().is_empty() && !authority.as_str().contains('@')).then_some(uri)
+    let uri = parse_url(text, &["http://", "https://"]).ok()?;
+    Some(uri).filter(|uri| uri.authority().is_some_and(|authority| !authority.as_str().contains('@')))
 }
 
 /// `key=value,key=value`, both sides URL encoded, as the W3C's baggage has it. Blanks around them do not count.
@@ -455,6 +454,9 @@ mod tests {
         for (name, value) in [
             (COMMON, "collector:4317"),
             (COMMON, "ftp://collector"),
+            (COMMON, "http://127.0.0.1:99999"),
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://[::1]:70000/v1/traces"),
+            ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://collector:/"),
             (COMMON, "http://user:secret@collector"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
