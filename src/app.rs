@@ -227,9 +227,7 @@ fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Arc<Metrics>
         ("metrics", settings.metrics.as_ref().map(|metrics| &metrics.collector)),
     ] {
         if let Some(collector) = collector {
-            // Paths and queries may hold keys.
-            let to = collector.url.authority().map(|authority| authority.as_str());
-            tracing::info!(what, collector = to, protocol = ?collector.protocol, "sending telemetry");
+            tracing::info!(what, collector = collector.place(), protocol = ?collector.protocol, "sending telemetry");
         }
     }
     Ok((metrics, Some(otlp)))

@@ -175,12 +175,22 @@ pub struct ConfigError {
 /// Something in the environment that a user probably did not mean; it stops nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Warning {
-    /// A `PROXY_` variable that does not exist.
+    /// A variable that does not exist, and whose name begins like those that do.
     Unknown {
         /// Its name.
         name: String,
         /// The nearest name that does exist.
         nearest: Option<&'static str>,
+    },
+    /// Variables of OpenTelemetry's specification that are not used here.
+    Unused {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The common endpoint ends in what is added to it.
+    SaidTwice {
+        /// In what.
+        path: &'static str,
     },
     /// Anybody on the way to this engine could take it over.
     PlainDocker {
@@ -198,12 +208,30 @@ impl fmt::Display for Warning {
             Warning::Unknown { name, nearest: None } => {
                 write!(f, "{name} is not a variable of this proxy and is ignored; --help lists all")
             }
+            Warning::Unused { names } => {
+                let names = names.join(", ");
+                write!(f, "of OpenTelemetry's variables, this proxy does not use {names}; --help lists those it does")
+            }
+            Warning::SaidTwice { path } => write!(
+                f,
+                "OTEL_EXPORTER_OTLP_ENDPOINT ends in {path}, which is added to it: leave it out there, or set \
+                 OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
+            ),
             Warning::PlainDocker { host } => write!(
                 f,
                 "DOCKER_HOST={host} is a public address without TLS: whoever can reach it owns that machine; set \
                  DOCKER_TLS_VERIFY"
             ),
         }
+    }
+}
+
+impl Warning {
+    /// That a variable of this name does not exist, if that is so.
+    fn unknown(name: &str) -> Option<Warning> {
+        let names = || KNOBS.iter().map(|knob| knob.name);
+        let is_known = names().any(|known| known == name);
+        (!is_known).then(|| Warning::Unknown { name: name.to_owned(), nearest: nearest(name, names()) })
     }
 }
 
@@ -341,13 +369,9 @@ impl Env {
     }
 
     fn warnings(&self, config: &Config) -> Vec<Warning> {
-        let names = || KNOBS.iter().map(|k| k.name);
-        let mut warnings: Vec<Warning> = self
-            .vars
-            .keys()
-            .filter(|name| name.starts_with("PROXY_") && !names().any(|known| known == *name))
-            .map(|name| Warning::Unknown { name: name.clone(), nearest: nearest(name, names()) })
-            .collect();
+        let own = self.vars.keys().filter(|name| name.starts_with("PROXY_"));
+        let mut warnings: Vec<Warning> = own.filter_map(|name| Warning::unknown(name)).collect();
+        warnings.extend(otlp::warnings(self, config.otlp.as_ref()));
         if let Some(host) = config.docker.host.as_ref().filter(|host| !config.docker.tls && is_plain_and_public(host)) {
             warnings.push(Warning::PlainDocker { host: host.clone() });
         }
