@@ -53,6 +53,9 @@ pub struct Admin {
 /// An answer's body on the admin port: whole, or as it comes.
 pub type AdminBody = Either<Full<Bytes>, StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>>;
 
+/// The methods that the pages take: the value of `Allow`.
+pub const ALLOW: &str = "GET, HEAD";
+
 /// One of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Page {
@@ -81,6 +84,12 @@ impl Page {
         }
     }
 
+    /// What is asked with this method is answered with the page. Health checks may ask with `OPTIONS`: HAProxy's do, unless
+    /// they are told otherwise.
+    pub fn answers(self, method: &Method) -> bool {
+        matches!(*method, Method::GET | Method::HEAD) || (*method == Method::OPTIONS && self.is_for_everybody())
+    }
+
     /// Shown on the data port even where there is an admin port.
     pub fn is_for_everybody(self) -> bool {
         matches!(self, Page::Health | Page::Ready)
@@ -88,8 +97,8 @@ impl Page {
 }
 
 impl Admin {
-    /// Shows a page to a client that says it can take what `accept` lists.
-    pub async fn show(&self, page: Page, accept: Option<&[u8]>) -> Response<Bytes> {
+    /// Shows a page to a client that says it can take what the lines of `accept` list.
+    pub async fn show(&self, page: Page, accept: &[&[u8]]) -> Response<Bytes> {
         match page {
             Page::Health => text(StatusCode::OK, "ok\n".to_owned()),
             Page::Ready => self.ready(),
@@ -101,12 +110,7 @@ impl Admin {
     }
 
     /// A watcher, if this asks for the status as it changes; or why there cannot be one more.
-    pub fn watch(
-        &self,
-        page: Page,
-        method: &Method,
-        accept: Option<&[u8]>,
-    ) -> Option<Result<Watcher, Response<Bytes>>> {
+    pub fn watch(&self, page: Page, method: &Method, accept: &[&[u8]]) -> Option<Result<Watcher, Response<Bytes>>> {
         if page != Page::Status || *method != Method::GET || !lists(accept, live::CONTENT_TYPE) {
             return None;
         }
@@ -123,14 +127,16 @@ impl Admin {
     pub async fn handle<B>(&self, request: &Request<B>) -> Response<AdminBody> {
         let whole = |response: Response<Bytes>| response.map(|body| Either::Left(Full::new(body)));
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            return whole(text(StatusCode::METHOD_NOT_ALLOWED, "only GET here\n".to_owned()));
+            let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "only GET here\n".to_owned());
+            refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static(ALLOW));
+            return whole(refused);
         }
         let Some(page) = Page::of(request.uri().path()) else {
             let here = "here are /, /status, /metrics, /healthz and /readyz\n";
             return whole(text(StatusCode::NOT_FOUND, here.to_owned()));
         };
-        let accept = request.headers().get(header::ACCEPT).map(HeaderValue::as_bytes);
-        match self.watch(page, request.method(), accept) {
+        let accept: Vec<&[u8]> = request.headers().get_all(header::ACCEPT).iter().map(HeaderValue::as_bytes).collect();
+        match self.watch(page, request.method(), &accept) {
             Some(Ok(watcher)) => {
                 let pieces = stream::unfold(watcher, |mut watcher| async move {
                     let piece = watcher.next().await?;
@@ -139,7 +145,7 @@ impl Admin {
                 live::head().map(|()| Either::Right(StreamBody::new(pieces.boxed())))
             }
             Some(Err(refused)) => whole(refused),
-            None => whole(self.show(page, accept).await),
+            None => whole(self.show(page, &accept).await),
         }
     }
 
@@ -204,14 +210,19 @@ impl Admin {
     }
 }
 
-/// Whether `Accept` names this media type. Parameters and the order of preference say nothing here: whoever names it can
-/// take it.
-fn lists(accept: Option<&[u8]>, media_type: &str) -> bool {
-    let is_it = |item: &[u8]| {
-        let name = item.split(|byte| *byte == b';').next().unwrap_or_default();
-        name.trim_ascii().eq_ignore_ascii_case(media_type.as_bytes())
+/// Whether `Accept`, whose lines are one list, names this media type. Parameters and the order of preference say nothing
+/// here: whoever names it can take it, unless it is named to be refused (`q=0`, RFC 9110, 12.4.2).
+fn lists(accept: &[&[u8]], media_type: &str) -> bool {
+    let refuses = |parameter: &[u8]| match parameter {
+        [b'q' | b'Q', b'=', b'0', digits @ ..] => digits.iter().all(|digit| matches!(digit, b'.' | b'0')),
+        _ => false,
     };
-    accept.is_some_and(|accept| accept.split(|byte| *byte == b',').any(is_it))
+    let is_it = |item: &[u8]| {
+        let mut parts = item.split(|byte| *byte == b';').map(<[u8]>::trim_ascii);
+        let name = parts.next().unwrap_or_default();
+        name.eq_ignore_ascii_case(media_type.as_bytes()) && !parts.any(refuses)
+    };
+    accept.iter().any(|line| line.split(|byte| *byte == b',').any(is_it))
 }
 
 fn text(status: StatusCode, text: String) -> Response<Bytes> {
@@ -220,4 +231,25 @@ fn text(status: StatusCode, text: String) -> Response<Bytes> {
     let kind = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_accepted_is_named_and_not_refused() {
+        for (accept, expected) in [
+            (&["text/event-stream"][..], true),
+            (&["*/*", "text/html, Text/Event-Stream;charset=utf-8 ; q=0.001"], true),
+            (&["text/event-stream;q=0", "text/event-stream"], true),
+            (&[], false),
+            (&["*/*"], false),
+            (&["text/event-stream;q=0"], false),
+            (&["text/html,text/event-stream ; Q=0.000"], false),
+        ] {
+            let lines: Vec<&[u8]> = accept.iter().map(|line| line.as_bytes()).collect();
+            assert_eq!(lists(&lines, live::CONTENT_TYPE), expected, "{accept:?}");
+        }
+    }
 }

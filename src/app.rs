@@ -55,6 +55,8 @@ pub struct App {
     admin_addr: Option<SocketAddr>,
     workers: Option<Arc<Workers>>,
     accepting: CancellationToken,
+    /// Until all requests are done: the admin port shows what is left of them.
+    admin_accepting: CancellationToken,
     /// Cancelled when shutdown begins: whoever watches the status is told, and let go.
     watched: CancellationToken,
     stopping: Arc<AtomicBool>,
@@ -129,10 +131,10 @@ impl App {
             asks,
             live: Live::new(watched.clone()),
         };
-        let accepting = CancellationToken::new();
+        let (accepting, admin_accepting) = (CancellationToken::new(), CancellationToken::new());
         if let Some(listener) = admin_listener {
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            tasks.spawn(accepting.clone().run_until_cancelled_owned(serve_admin(
+            tasks.spawn(admin_accepting.clone().run_until_cancelled_owned(serve_admin(
                 listener,
                 admin.clone(),
                 tasks.clone(),
@@ -156,6 +158,7 @@ impl App {
             admin_addr,
             workers: Some(workers),
             accepting,
+            admin_accepting,
             watched,
             stopping,
             ready,
@@ -180,7 +183,7 @@ impl App {
     }
 
     /// Stops: readiness says no at once; connections are accepted for a moment longer; requests under way finish within
-    /// the drain timeout. Returns whether all of them did.
+    /// the drain timeout, and the admin port is open as long. Returns whether all of them did.
     pub async fn shutdown(mut self) -> bool {
         self.stopping.store(true, Ordering::Release);
         self.watched.cancel();
@@ -199,6 +202,7 @@ impl App {
             };
             finished = workers.finish(self.drain_timeout).await;
         }
+        self.admin_accepting.cancel();
         if !finished {
             tracing::warn!("requests were still under way at the end of the drain timeout and have been cut");
         }
@@ -223,9 +227,7 @@ fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Arc<Metrics>
         ("metrics", settings.metrics.as_ref().map(|metrics| &metrics.collector)),
     ] {
         if let Some(collector) = collector {
-            // Paths and queries may hold keys.
-            let to = collector.url.authority().map(|authority| authority.as_str());
-            tracing::info!(what, collector = to, protocol = ?collector.protocol, "sending telemetry");
+            tracing::info!(what, collector = collector.place(), protocol = ?collector.protocol, "sending telemetry");
         }
     }
     Ok((metrics, Some(otlp)))

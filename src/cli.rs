@@ -142,7 +142,7 @@ pub fn command() -> Command {
                     Arg::new("watch")
                         .long("watch")
                         .action(ArgAction::SetTrue)
-                        .help("show it again every second, until Ctrl-C"),
+                        .help("show it again every second, as much as fits the terminal, until Ctrl-C"),
                 ),
         )
         .subcommand(

@@ -1,7 +1,7 @@
 //! The subcommands that ask a running proxy.
 
 use std::{
-    io::{IsTerminal as _, Write as _},
+    io::{ErrorKind, IsTerminal as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -14,11 +14,11 @@ use tokio::{
 };
 
 use crate::{
-    config::Config,
+    config::{self, Config},
     fetch::Fetch,
     status::{
         Status,
-        text::{self, Form, Look},
+        text::{self, Form, Look, Screen},
     },
 };
 
@@ -36,48 +36,70 @@ pub async fn healthcheck(config: &Config, url: Option<&str>) -> Result<(), Strin
         Some(url) => url.to_owned(),
         None => format!("http://{}/healthz", own_addr(config, config.port)),
     };
-    let (status, _) = get(&url).await?;
+    let (status, _) = get(&url, &parsed(&url)?).await?;
     if status.is_success() { Ok(()) } else { Err(format!("{url} answered {status}")) }
 }
 
-/// Asks the proxy at `url`, or the one that this environment describes, for its status, and prints it.
+/// The terminal that is printed to, if it is one that tells its size. Serial lines and the like do not.
+pub fn screen() -> Option<Screen> {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+    let (columns, rows) = (usize::from(size.ws_col), usize::from(size.ws_row));
+    (columns > 0 && rows > 0).then_some(Screen { columns, rows })
+}
+
+/// Asks the proxy at `url`, or the one that this environment describes, for its status, and prints it. `look` says how,
+/// each time it is printed.
 ///
 /// # Errors
 /// It cannot be asked, or answers with something else; the text says so, and what to do.
-pub async fn status(config: &Config, url: Option<&str>, form: Form, look: Look) -> Result<(), String> {
+pub async fn status(config: &Config, url: Option<&str>, form: Form, look: impl Fn() -> Look) -> Result<(), String> {
     let url = match url {
         Some(url) => format!("{}/status", url.trim_end_matches('/').trim_end_matches("/status").trim_end_matches('/')),
         None => format!("http://{}/status", own_addr(config, config.admin_port.unwrap_or(config.port))),
     };
+    let uri = parsed(&url)?;
     match form {
         Form::Json => {
-            let body = ask(&url).await?;
+            let body = ask(&url, &uri).await?;
             let _: Status = read(&url, &body)?;
-            print(&format!("{}\n", String::from_utf8_lossy(&body)))
+            print(&format!("{}\n", String::from_utf8_lossy(&body)))?;
         }
         Form::Table => {
-            let status = read(&url, &ask(&url).await?)?;
-            print(&text::render(&status, look))
+            let status = read(&url, &ask(&url, &uri).await?)?;
+            print(&text::render(&status, look()))?;
         }
-        Form::Watch => watch(&url, look).await,
+        Form::Watch => watch(&url, &uri, look).await?,
     }
+    Ok(())
+}
+
+/// Whether whoever reads what is printed wants more of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reader {
+    There,
+    /// It has seen enough (`| head`): that is no error.
+    Gone,
 }
 
 /// Shows it again and again, until Ctrl-C. A proxy that does not answer is shown, too: it may be back in a moment.
-async fn watch(url: &str, look: Look) -> Result<(), String> {
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| format!("cannot wait for Ctrl-C: {error}"))?;
+async fn watch(url: &str, uri: &Uri, look: impl Fn() -> Look) -> Result<(), String> {
+    let wait_for = |kind| signal(kind).map_err(|error| format!("cannot wait for Ctrl-C: {error}"));
+    let mut interrupt = wait_for(SignalKind::interrupt())?;
+    // A terminal whose window is closed says so with the latter.
+    let (mut terminate, mut hangup) = (wait_for(SignalKind::terminate())?, wait_for(SignalKind::hangup())?);
     let is_terminal = std::io::stdout().is_terminal();
     let showing = async {
         loop {
-            let shown = match ask(url).await.and_then(|body| read(url, &body)) {
+            let status = ask(url, uri).await.and_then(|body| read(url, &body));
+            // Its size may be another one by now.
+            let look = look();
+            let shown = match status {
                 Ok(status) => text::render(&status, look),
                 Err(error) => format!("inference-proxy: {error}\n"),
             };
-            if is_terminal {
-                // From the top, each line up to its end, then what is left of the last time: without a flicker.
-                print(&format!("\x1b[H{}\x1b[J", shown.replace('\n', "\x1b[K\r\n")))?;
-            } else {
-                print(&format!("{shown}\n"))?;
+            let shown = if is_terminal { text::frame(&shown, look.screen) } else { format!("{shown}\n") };
+            if print(&shown)? == Reader::Gone {
+                return Ok(());
             }
             sleep(EVERY).await;
         }
@@ -89,27 +111,27 @@ async fn watch(url: &str, look: Look) -> Result<(), String> {
     let ended = tokio::select! {
         ended = showing => ended,
         _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        _ = hangup.recv() => Ok(()),
     };
     if is_terminal {
-        print("\x1b[?25h\x1b[?1049l")?;
+        // A terminal that is no more has nothing to be restored.
+        let _ = print("\x1b[?25h\x1b[?1049l");
     }
     ended
 }
 
-/// Whoever reads may have seen enough (`| head`): that is no error.
-fn print(text: &str) -> Result<(), String> {
+fn print(text: &str) -> Result<Reader, String> {
     let mut out = std::io::stdout().lock();
     match write!(out, "{text}").and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(format!("cannot print: {error}")),
-        Ok(()) | Err(_) => Ok(()),
+        Ok(()) => Ok(Reader::There),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
+        Err(error) => Err(format!("cannot print: {error}")),
     }
 }
 
-async fn ask(url: &str) -> Result<Bytes, String> {
-    let answer = get(url).await.map_err(|error| {
-        if !url.starts_with("http://") {
-            return error;
-        }
+async fn ask(url: &str, uri: &Uri) -> Result<Bytes, String> {
+    let answer = get(url, uri).await.map_err(|error| {
         let ports = "--url, else PROXY_ADMIN_PORT, else PROXY_PORT";
         format!("{error}; is the proxy running, and is this its port? ({ports})")
     });
@@ -141,11 +163,11 @@ fn own_addr(config: &Config, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
-async fn get(url: &str) -> Result<(StatusCode, Bytes), String> {
-    let uri: Uri = url.parse().map_err(|error| format!("{url:?} is no URL: {error}"))?;
-    if uri.scheme_str() != Some("http") {
-        return Err(format!("{url:?}: expected a URL that begins with http://"));
-    }
+fn parsed(url: &str) -> Result<Uri, String> {
+    config::parse_url(url, &["http://"]).map_err(|error| format!("{url:?}: {error}"))
+}
+
+async fn get(url: &str, uri: &Uri) -> Result<(StatusCode, Bytes), String> {
     let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
     let port = uri.port_u16().unwrap_or(80);
     let resolved =

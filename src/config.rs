@@ -8,6 +8,7 @@ pub mod otlp;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
+use http::Uri;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use self::otlp::OtlpSettings;
@@ -177,12 +178,22 @@ pub struct ConfigError {
 /// Something in the environment that a user probably did not mean; it stops nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Warning {
-    /// A `PROXY_` variable that does not exist.
+    /// A variable that does not exist, and whose name begins like those that do.
     Unknown {
         /// Its name.
         name: String,
         /// The nearest name that does exist.
         nearest: Option<&'static str>,
+    },
+    /// Variables of OpenTelemetry's specification that are not used here.
+    Unused {
+        /// Their names.
+        names: Vec<String>,
+    },
+    /// The common endpoint ends in what is added to it.
+    SaidTwice {
+        /// In what.
+        path: &'static str,
     },
     /// Anybody on the way to this engine could take it over.
     PlainDocker {
@@ -200,12 +211,30 @@ impl fmt::Display for Warning {
             Warning::Unknown { name, nearest: None } => {
                 write!(f, "{name} is not a variable of this proxy and is ignored; --help lists all")
             }
+            Warning::Unused { names } => {
+                let names = names.join(", ");
+                write!(f, "of OpenTelemetry's variables, this proxy does not use {names}; --help lists those it does")
+            }
+            Warning::SaidTwice { path } => write!(
+                f,
+                "OTEL_EXPORTER_OTLP_ENDPOINT ends in {path}, which is added to it: leave it out there, or set \
+                 OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
+            ),
             Warning::PlainDocker { host } => write!(
                 f,
                 "DOCKER_HOST={host} is a public address without TLS: whoever can reach it owns that machine; set \
                  DOCKER_TLS_VERIFY"
             ),
         }
+    }
+}
+
+impl Warning {
+    /// That a variable of this name does not exist, if that is so.
+    fn unknown(name: &str) -> Option<Warning> {
+        let names = || KNOBS.iter().map(|knob| knob.name);
+        let is_known = names().any(|known| known == name);
+        (!is_known).then(|| Warning::Unknown { name: name.to_owned(), nearest: nearest(name, names()) })
     }
 }
 
@@ -350,13 +379,9 @@ impl Env {
     }
 
     fn warnings(&self, config: &Config) -> Vec<Warning> {
-        let names = || KNOBS.iter().map(|k| k.name);
-        let mut warnings: Vec<Warning> = self
-            .vars
-            .keys()
-            .filter(|name| name.starts_with("PROXY_") && !names().any(|known| known == *name))
-            .map(|name| Warning::Unknown { name: name.clone(), nearest: nearest(name, names()) })
-            .collect();
+        let own = self.vars.keys().filter(|name| name.starts_with("PROXY_"));
+        let mut warnings: Vec<Warning> = own.filter_map(|name| Warning::unknown(name)).collect();
+        warnings.extend(otlp::warnings(self, config.otlp.as_ref()));
         if let Some(host) = config.docker.host.as_ref().filter(|host| !config.docker.tls && is_plain_and_public(host)) {
             warnings.push(Warning::PlainDocker { host: host.clone() });
         }
@@ -454,6 +479,41 @@ fn meant_in_log_filter(text: &str) -> Option<&'static str> {
     let meant = level.or_else(|| nearest(&word, LOG_LEVELS.iter().copied().chain([OWN_TARGET])));
     // It is not that word that is wrong.
     meant.filter(|meant| *meant != word)
+}
+
+/// Why a text is not the URL of a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UrlError {
+    /// It begins otherwise.
+    #[error("expected a URL that begins with {}", schemes.join(" or "))]
+    Scheme {
+        /// How it may begin.
+        schemes: &'static [&'static str],
+    },
+    /// What follows names no server.
+    #[error("expected a host after {scheme}, and behind it no port or one from 1 to 65535")]
+    Server {
+        /// How it begins.
+        scheme: &'static str,
+    },
+}
+
+/// The URL of a server that begins with one of these `schemes`, such as `http://`. [`Uri`] takes any port, and knows none
+/// where it cannot be one: requests would go to the port of the scheme.
+///
+/// # Errors
+/// It begins otherwise, or has no host, or a port that cannot be.
+pub fn parse_url(text: &str, schemes: &'static [&'static str]) -> Result<Uri, UrlError> {
+    let begins_with = |scheme: &&&str| text.get(..scheme.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(scheme));
+    let scheme = schemes.iter().find(begins_with).ok_or(UrlError::Scheme { schemes })?;
+    let uri = text.parse::<Uri>().ok().filter(|uri| {
+        uri.authority().is_some_and(|authority| {
+            let server = authority.as_str().rsplit('@').next();
+            let port = authority.port_u16().filter(|port| *port > 0);
+            !authority.host().is_empty() && (port.is_some() || server == Some(authority.host()))
+        })
+    });
+    uri.ok_or(UrlError::Server { scheme })
 }
 
 /// `true`, `1`, `yes`, `on` and their opposites, in any case.
@@ -579,6 +639,42 @@ mod tests {
         for text in ["", "KiB", "-1", "1.5GiB", "99999999999GiB"] {
             assert_eq!(parse_size(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn urls_name_a_server_and_a_port_that_there_is() {
+        let parsed = |text| parse_url(text, &["http://"]).map_err(|error| error.to_string());
+        for (text, port) in [
+            ("http://127.0.0.1:8080/status", Some(8080)),
+            ("HTTP://proxy:65535", Some(65535)),
+            ("http://[::1]:80?x", Some(80)),
+            ("http://proxy/a:b", None),
+            ("http://user:1@proxy", None),
+            ("http://[::1]", None),
+        ] {
+            assert_eq!(parsed(text).unwrap().port_u16(), port, "{text}");
+        }
+        for text in ["127.0.0.1:8080/status", "localhost:8080", "proxy", "", "https://proxy", "http:proxy", "\u{1f600}"]
+        {
+            assert_eq!(parsed(text).unwrap_err(), "expected a URL that begins with http://", "{text}");
+        }
+        for text in [
+            "http://127.0.0.1:99999",
+            "http://127.0.0.1:65536/status",
+            "http://proxy:",
+            "http://proxy:0",
+            "http://proxy:http",
+            "http://[::1]:99999",
+            "http://user:1@proxy:99999",
+            "http://",
+            "http://:80",
+            "http://a b",
+        ] {
+            let error = parsed(text).unwrap_err();
+            assert!(error.contains("a host after http://") && error.contains("1 to 65535"), "{text}: {error}");
+        }
+        let both = parse_url("ftp://x", &["http://", "https://"]).unwrap_err().to_string();
+        assert_eq!(both, "expected a URL that begins with http:// or https://");
     }
 
     #[test]

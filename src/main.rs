@@ -63,7 +63,8 @@ fn run(call: Call, config: Config, warnings: Vec<Warning>) -> ExitCode {
             Call::Healthcheck { url } => told(commands::healthcheck(&config, url.as_deref()).await),
             Call::Status { url, form } => {
                 #[allow(clippy::disallowed_methods)] // this is main
-                let look = Look::of(std::io::stdout().is_terminal(), |name| std::env::var(name).ok());
+                let var = |name: &str| std::env::var(name).ok();
+                let look = || Look::of(std::io::stdout().is_terminal(), commands::screen(), var);
                 told(commands::status(&config, url.as_deref(), form, look).await)
             }
             Call::DemoBackend(options) => demo::serve(options).await,

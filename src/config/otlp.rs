@@ -11,7 +11,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 use http::{HeaderName, HeaderValue, Uri, uri::PathAndQuery};
 use percent_encoding::percent_decode_str;
 
-use super::{ConfigError, Env, Knob, knob, parse_bool};
+use super::{ConfigError, Env, Knob, Warning, knob, parse_bool, parse_url};
 
 /// The variables, in the order of `--help`.
 pub(super) const KNOBS: [Knob; 29] = [
@@ -52,6 +52,35 @@ pub(super) const KNOBS: [Knob; 29] = [
     knob("OTEL_BSP_SCHEDULE_DELAY", "5000", "milliseconds between two exports of spans"),
     knob("OTEL_BSP_MAX_QUEUE_SIZE", "2048", "spans that wait for the next export; more are dropped"),
     knob("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512", "spans that are sent at a time"),
+];
+
+/// Those of the specification that are not used, each with the values that ask for what is done anyway. A name that ends
+/// in `_` stands for all that begin so. Others belong to other programs, which may share an environment with this one.
+const UNUSED: [(&str, &[&str]); 24] = [
+    ("OTEL_ATTRIBUTE_COUNT_LIMIT", &[]),
+    ("OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT", &[]),
+    ("OTEL_BSP_EXPORT_TIMEOUT", &[]),
+    ("OTEL_CONFIG_FILE", &[]),
+    ("OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT", &[]),
+    ("OTEL_EXPERIMENTAL_CONFIG_FILE", &[]),
+    ("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", &[]),
+    ("OTEL_EXPORTER_OTLP_CLIENT_KEY", &[]),
+    ("OTEL_EXPORTER_OTLP_INSECURE", &[]),
+    ("OTEL_EXPORTER_OTLP_LOGS_", &[]),
+    ("OTEL_EXPORTER_OTLP_METRICS_CLIENT_CERTIFICATE", &[]),
+    ("OTEL_EXPORTER_OTLP_METRICS_CLIENT_KEY", &[]),
+    ("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", &["explicit_bucket_histogram"]),
+    ("OTEL_EXPORTER_OTLP_METRICS_INSECURE", &[]),
+    ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", &["cumulative"]),
+    ("OTEL_EXPORTER_OTLP_PROFILES_", &[]),
+    ("OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE", &[]),
+    ("OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY", &[]),
+    ("OTEL_EXPORTER_OTLP_TRACES_INSECURE", &[]),
+    ("OTEL_LINK_ATTRIBUTE_COUNT_LIMIT", &[]),
+    ("OTEL_LOGS_EXPORTER", &["none"]),
+    ("OTEL_LOG_LEVEL", &[]),
+    ("OTEL_METRIC_EXPORT_TIMEOUT", &[]),
+    ("OTEL_PROPAGATORS", &["tracecontext", "baggage", "none"]),
 ];
 
 /// What is exported, and how. There is none where nothing is.
@@ -166,7 +195,8 @@ const METRICS: Signal = Signal {
     grpc_path: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
 };
 
-const ENDPOINT: &str = "http://host:port or https://host:port; user and password go into OTEL_EXPORTER_OTLP_HEADERS";
+const ENDPOINT: &str =
+    "http://host:port or https://host:port, the port 1 to 65535; user and password go into OTEL_EXPORTER_OTLP_HEADERS";
 const PROTOCOL: &str = "grpc or http/protobuf";
 const HEADERS: &str = "key=value,key=value with URL encoding";
 const MILLIS: &str = "a number of milliseconds above zero";
@@ -193,6 +223,45 @@ pub(super) fn resolve(env: &Env) -> Result<Option<OtlpSettings>, ConfigError> {
     let metrics = METRICS.resolve(env)?.map(|collector| Metrics { collector, interval });
     let is_any = !disabled && (traces.is_some() || metrics.is_some());
     Ok(is_any.then_some(OtlpSettings { traces, metrics, resource }))
+}
+
+/// What was probably meant otherwise.
+pub(super) fn warnings(env: &Env, settings: Option<&OtlpSettings>) -> Vec<Warning> {
+    // The letters of the second are easily written for those of the first.
+    let is_ours = |name: &str| ["OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OLTP_"].iter().any(|p| name.starts_with(p));
+    let (mut warnings, mut unused) = (Vec::new(), Vec::new());
+    for (name, value) in &env.vars {
+        let is_it = |known: &str| if known.ends_with('_') { name.starts_with(known) } else { name == known };
+        match UNUSED.iter().find(|(known, _)| is_it(known)) {
+            Some((_, usual)) => {
+                let is_usual = |item: &str| usual.iter().any(|usual| item.trim().eq_ignore_ascii_case(usual));
+                if !value.split(',').all(is_usual) {
+                    unused.push(name.clone());
+                }
+            }
+            None if is_ours(name) => warnings.extend(Warning::unknown(name)),
+            None => {}
+        }
+    }
+    if !unused.is_empty() {
+        warnings.push(Warning::Unused { names: unused });
+    }
+    if let Some(path) = settings.and_then(OtlpSettings::path_said_twice) {
+        warnings.push(Warning::SaidTwice { path });
+    }
+    warnings
+}
+
+impl OtlpSettings {
+    /// The path that the common endpoint should not end in.
+    fn path_said_twice(&self) -> Option<&'static str> {
+        let traces = self.traces.as_ref().map(|traces| (&traces.collector, TRACES.http_path));
+        let metrics = self.metrics.as_ref().map(|metrics| (&metrics.collector, METRICS.http_path));
+        traces.into_iter().chain(metrics).find_map(|(collector, added)| {
+            let endpoint = collector.url.path().strip_suffix(added)?;
+            [TRACES.http_path, METRICS.http_path].into_iter().find(|path| endpoint.ends_with(path))
+        })
+    }
 }
 
 impl Signal {
@@ -245,7 +314,28 @@ impl Signal {
     }
 }
 
+/// What the path of a collector may show: the segments that are the protocol's.
+const PATH_WORDS: &[&str] = &[
+    "",
+    "Export",
+    "metrics",
+    "opentelemetry.proto.collector.metrics.v1.MetricsService",
+    "opentelemetry.proto.collector.trace.v1.TraceService",
+    "otlp",
+    "traces",
+    "v1",
+];
+
 impl Collector {
+    /// Where it is, for people: host, port and path. Some services take their key in the path, so what is no word of the
+    /// protocol is not shown; neither are queries.
+    pub fn place(&self) -> String {
+        let authority = self.url.authority().map_or("?", |authority| authority.as_str());
+        let shown = |segment| if PATH_WORDS.contains(&segment) { segment } else { "\u{2026}" };
+        let segments: Vec<&str> = self.url.path().split('/').map(shown).collect();
+        format!("{authority}{}", segments.join("/"))
+    }
+
     fn placeholder() -> Collector {
         Collector {
             url: Uri::default(),
@@ -306,10 +396,8 @@ fn resource(env: &Env) -> Result<Vec<(String, String)>, ConfigError> {
 }
 
 fn parse_endpoint(text: &str) -> Option<Uri> {
-    let uri: Uri = text.parse().ok()?;
-    let authority = uri.authority()?;
-    let is_web = matches!(uri.scheme_str(), Some("http" | "https"));
-    (is_web && !authority.host().is_empty() && !authority.as_str().contains('@')).then_some(uri)
+    let uri = parse_url(text, &["http://", "https://"]).ok()?;
+    Some(uri).filter(|uri| uri.authority().is_some_and(|authority| !authority.as_str().contains('@')))
 }
 
 /// `key=value,key=value`, both sides URL encoded, as the W3C's baggage has it. Blanks around them do not count.
@@ -455,6 +543,9 @@ mod tests {
         for (name, value) in [
             (COMMON, "collector:4317"),
             (COMMON, "ftp://collector"),
+            (COMMON, "http://127.0.0.1:99999"),
+            ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "https://[::1]:70000/v1/traces"),
+            ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://collector:/"),
             (COMMON, "http://user:secret@collector"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
             ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
@@ -477,5 +568,76 @@ mod tests {
         let vars = [(COMMON, "http://c"), ("OTEL_EXPORTER_OTLP_HEADERS", "api-key=secret")];
         let text = format!("{:?}", Config::from_vars(vars).unwrap());
         assert!(text.contains("api-key") && !text.contains("secret"), "{text}");
+    }
+
+    fn warned(vars: &[(&str, &str)]) -> Vec<String> {
+        let warnings = Config::from_vars(vars.iter().copied()).unwrap().1;
+        warnings.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn misspelt_names_get_the_nearest_one() {
+        for (name, meant) in [
+            ("OTEL_EXPORTER_OTLP_ENDPONT", "did you mean OTEL_EXPORTER_OTLP_ENDPOINT?"),
+            ("OTEL_EXPORTER_OLTP_ENDPOINT", "did you mean OTEL_EXPORTER_OTLP_ENDPOINT?"),
+            ("OTEL_EXPORTER_OTLP_TRACE_HEADERS", "did you mean OTEL_EXPORTER_OTLP_TRACES_HEADERS?"),
+            ("OTEL_EXPORTER_OTLP_SOMETHING_ELSE_ALTOGETHER", "--help lists all"),
+        ] {
+            let warned = warned(&[(name, "http://secret")]);
+            assert_eq!(warned.len(), 1, "{warned:?}");
+            assert!(warned[0].starts_with(&format!("{name} is not")) && warned[0].ends_with(meant), "{warned:?}");
+            assert!(!warned[0].contains("secret"), "{warned:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_used_is_said_in_one_line_and_other_programs_are_left_alone() {
+        let used: Vec<(&str, &str)> = KNOBS.iter().map(|knob| (knob.name, knob.default)).collect();
+        assert_eq!(warned(&used), [""; 0]);
+        let usual = [
+            ("OTEL_PROPAGATORS", "tracecontext, Baggage"),
+            ("OTEL_LOGS_EXPORTER", "none"),
+            ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "CUMULATIVE"),
+        ];
+        assert_eq!(warned(&usual), [""; 0]);
+        let others = [("OTEL_PYTHON_LOG_CORRELATION", "true"), ("OTEL_BLRP_SCHEDULE_DELAY", "1"), ("OTEL_X", "y")];
+        assert_eq!(warned(&others), [""; 0]);
+        let unused = [
+            ("OTEL_PROPAGATORS", "tracecontext,b3"),
+            ("OTEL_EXPORTER_OTLP_CLIENT_KEY", "key.pem"),
+            ("OTEL_EXPORTER_OTLP_LOGS_ENDPOINT", "http://secret"),
+        ];
+        let warned = warned(&unused);
+        assert_eq!(warned.len(), 1, "{warned:?}");
+        for (name, value) in unused {
+            assert!(warned[0].contains(name) && !warned[0].contains(value), "{warned:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_is_added_and_was_there_is_warned_about() {
+        for (vars, expected) in [
+            (&[(COMMON, "http://c:4318/v1/traces")][..], 1),
+            (&[(COMMON, "http://c:4318/base/v1/metrics/"), ("OTEL_METRICS_EXPORTER", "none")], 1),
+            (&[(COMMON, "http://c:4318/base")], 0),
+            (&[(COMMON, "http://c:4317/v1/traces")], 0),
+            (&[("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://c:4318/v1/traces")], 0),
+        ] {
+            let warned = warned(vars);
+            assert_eq!(warned.len(), expected, "{vars:?}: {warned:?}");
+            assert!(warned.iter().all(|text| text.contains("OTEL_EXPORTER_OTLP_ENDPOINT ends in /v1/")), "{warned:?}");
+        }
+    }
+
+    #[test]
+    fn a_collectors_place_shows_nothing_that_may_be_a_key() {
+        for (url, place) in [
+            ("https://c:4318/v1/traces?api-key=secret", "c:4318/v1/traces"),
+            ("https://c/receiver/v1/otlp/ZaVnC4dh/v1/traces", "c/…/v1/otlp/…/v1/traces"),
+            ("https://c/v1/traces/v1/traces", "c/v1/traces/v1/traces"),
+        ] {
+            let vars = [("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", url)];
+            assert_eq!(resolved(&vars).unwrap().traces.unwrap().collector.place(), place);
+        }
     }
 }

@@ -273,7 +273,12 @@ impl Lines {
 
     /// The value of the first line with this name, in lower case, for names that are asked for seldom.
     pub fn named(&self, name: &str) -> Option<&[u8]> {
-        self.iter().find(|header| header.name.eq_ignore_ascii_case(name.as_bytes())).map(|header| header.value)
+        self.all_named(name).next()
+    }
+
+    /// The values of all lines with this name, in lower case, for names that are asked for seldom.
+    pub fn all_named(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.iter().filter(|header| header.name.eq_ignore_ascii_case(name.as_bytes())).map(|header| header.value)
     }
 
     /// Whether a line of this name lists `token`, in any case.

@@ -2,6 +2,8 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use http::{Method, Response};
 use tokio::time::Instant;
 
 use super::{
@@ -217,6 +219,14 @@ impl<'r> Exchange<'r> {
     /// The head of an answer has come, to what was first written at `written_at`.
     pub fn answered(&mut self, written_at: Option<Instant>, now: Instant) {
         self.turn = written_at.map(|written_at| (written_at, now));
+    }
+
+    /// The proxy answers itself.
+    pub fn answered_by_proxy(&mut self, response: &Response<Bytes>) {
+        self.status = response.status().as_u16();
+        if self.head.method != Method::HEAD {
+            self.response_bytes = response.body().len() as u64;
+        }
     }
 
     /// When it arrived.

@@ -53,7 +53,7 @@ use self::{
     respond::{discard, json, refuse_connection, respond},
 };
 use crate::{
-    admin::Admin,
+    admin::{self, Admin, Page},
     affinity::{self, Affinity},
     backend::{Backend, InFlight, Model},
     breaker::Outcome,
@@ -229,19 +229,23 @@ impl Proxy {
                 self.cors.preflight(&asked)
             }
             Target::Forward { below_v1 } => return self.forward(client, &asked, below_v1.is_some()).await,
-            Target::Own(page) if page.is_for_everybody() || !self.admin_elsewhere => {
+            Target::Own(page) if self.shows(page) && page.answers(&head.method) => {
                 // Whoever looks at the proxy does not change what is seen: these are not counted.
-                let accept = head.lines.named("accept");
-                let response = match self.admin.watch(page, &head.method, accept) {
+                let accept: Vec<&[u8]> = head.lines.all_named("accept").collect();
+                let response = match self.admin.watch(page, &head.method, &accept) {
                     Some(Ok(watcher)) => return status::stream(client, &asked, watcher).await,
                     Some(Err(refused)) => Ok(refused),
-                    None => client.unless_gone(self.admin.show(page, accept)).await,
+                    None => client.unless_gone(self.admin.show(page, &accept)).await,
                 };
                 return match response {
                     Ok(response) => respond(client, &asked, &response, BodyDecoder::new(head.framing)).await,
                     Err(Gone) => After::Abort { by_reset: false },
                 };
             }
+            Target::Own(page) if self.shows(page) && !is_preflight => {
+                self.reject(&ProxyError::MethodNotAllowed { allow: admin::ALLOW }, asked.dialect)
+            }
+            Target::Own(page) if self.shows(page) => self.cors.preflight(&asked),
             Target::ModelList | Target::ModelObject(_) if is_preflight => self.cors.preflight(&asked),
             Target::ModelList => self.list_models(&asked),
             Target::ModelObject(id) => self.show_model(&id, asked.dialect),
@@ -254,9 +258,14 @@ impl Proxy {
             }
         };
         let mut exchange = Exchange::new(head, &id, client_ip, &self.metrics, self.access_log);
-        exchange.status = response.status().as_u16();
+        exchange.answered_by_proxy(&response);
         exchange.end(Ending::Complete);
         respond(client, &asked, &response, BodyDecoder::new(head.framing)).await
+    }
+
+    /// Whether this page of the proxy's own is on this port.
+    fn shows(&self, page: Page) -> bool {
+        page.is_for_everybody() || !self.admin_elsewhere
     }
 
     /// Where connections are counted.
@@ -308,7 +317,7 @@ impl Proxy {
             }
             Err(NoAnswer::Error(error)) => {
                 let response = self.reject(&error, asked.dialect);
-                exchange.status = response.status().as_u16();
+                exchange.answered_by_proxy(&response);
                 exchange.end(Ending::Complete);
                 respond(client, asked, &response, replay.into_rest()).await
             }

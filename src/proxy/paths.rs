@@ -168,7 +168,7 @@ pub fn classify<'p>(method: &Method, path: &'p str) -> Target<'p> {
 
 fn classify_closely<'p>(method: &Method, path: &'p str) -> Target<'p> {
     let reads = method == Method::GET || method == Method::HEAD;
-    if let Some(page) = Page::of(path).filter(|page| reads || *page != Page::Overview) {
+    if let Some(page) = Page::of(path) {
         return Target::Own(page);
     }
     if matches!(path, "/v1/models" | "/v1/models/") {
@@ -296,7 +296,7 @@ mod tests {
             ("/metrics", Page::Metrics),
             ("/status", Page::Status),
         ] {
-            assert_eq!(get(path), Target::Own(page));
+            assert_eq!((get(path), post(path)), (Target::Own(page), Target::Own(page)));
         }
     }
 

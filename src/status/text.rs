@@ -14,18 +14,29 @@ const MODELS_SHOWN: usize = 8;
 /// What stands below a line is indented by this.
 const INDENT: &str = "    ";
 
+/// The size of a terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Screen {
+    /// Characters in a row; not none.
+    pub columns: usize,
+    /// Rows; not none.
+    pub rows: usize,
+}
+
 /// How to show it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Look {
     /// Columns; longer texts go on in the next line.
     pub width: usize,
+    /// The terminal that it is shown on, if its size is known.
+    pub screen: Option<Screen>,
     /// With colours (ECMA-48).
     pub colours: bool,
 }
 
 impl Default for Look {
     fn default() -> Look {
-        Look { width: 100, colours: false }
+        Look { width: 100, screen: None, colours: false }
     }
 }
 
@@ -41,12 +52,16 @@ pub enum Form {
 }
 
 impl Look {
-    /// What suits a terminal with these variables; `is_terminal`: whether it is one. See <https://no-color.org>.
-    pub fn of(is_terminal: bool, var: impl Fn(&str) -> Option<String>) -> Look {
-        let width = var("COLUMNS").and_then(|columns| columns.parse().ok()).filter(|width| (40..=500).contains(width));
+    /// What suits a terminal with these variables; `is_terminal`: whether it is one. `COLUMNS` counts more than what the
+    /// terminal says. See <https://no-color.org>.
+    pub fn of(is_terminal: bool, screen: Option<Screen>, var: impl Fn(&str) -> Option<String>) -> Look {
+        const WIDTHS: std::ops::RangeInclusive<usize> = 40..=500;
+        let said = var("COLUMNS").and_then(|columns| columns.parse().ok()).filter(|width| WIDTHS.contains(width));
+        let screen = screen.filter(|_| is_terminal);
+        let width = said.or(screen.map(|screen| screen.columns.clamp(*WIDTHS.start(), *WIDTHS.end())));
         let is_plain = var("NO_COLOR").is_some_and(|value| !value.is_empty())
             || var("TERM").is_some_and(|terminal| terminal == "dumb");
-        Look { width: width.unwrap_or(Look::default().width), colours: is_terminal && !is_plain }
+        Look { width: width.unwrap_or(Look::default().width), screen, colours: is_terminal && !is_plain }
     }
 }
 
@@ -68,6 +83,52 @@ pub fn render(status: &Status, look: Look) -> String {
     page.models(status);
     page.events(status);
     page.text
+}
+
+/// What makes a terminal show this text instead of what it showed before, without a flicker: from the top, each line up to
+/// its end, then nothing more. What has no room on the `screen` is left out at the end, as the top must not scroll away.
+pub fn frame(text: &str, screen: Option<Screen>) -> String {
+    let rows = |line: &str| screen.map_or(1, |screen| shown_chars(line).div_ceil(screen.columns).max(1));
+    let lines: Vec<&str> = text.lines().collect();
+    let mut shown = lines.len();
+    let mut more = None;
+    if let Some(screen) = screen
+        && lines.iter().map(|line| rows(line)).sum::<usize>() > screen.rows
+    {
+        // One row is for saying so.
+        let mut room = screen.rows - 1;
+        let fits = |line: &&&str| {
+            let left = room.checked_sub(rows(line));
+            room = left.unwrap_or(0);
+            left.is_some()
+        };
+        shown = lines.iter().take_while(fits).count();
+        more = Some(format!("… {} more lines", lines.len() - shown));
+    }
+    let mut frame = "\x1b[H".to_owned();
+    let mut lines = lines[..shown].iter().copied().chain(more.as_deref()).peekable();
+    while let Some(line) = lines.next() {
+        if lines.peek().is_none() {
+            // The last one has no line's end: below the last row, that would scroll.
+            frame.push_str("\x1b[J");
+            frame.push_str(line);
+            break;
+        }
+        frame.push_str(line);
+        // Where a line ends in the last column, the cursor is still there: the character would be erased again.
+        if screen.is_none_or(|screen| line.is_empty() || !shown_chars(line).is_multiple_of(screen.columns)) {
+            frame.push_str("\x1b[K");
+        }
+        frame.push_str("\r\n");
+    }
+    frame
+}
+
+/// How many characters of a line are seen: all but those that set the colour.
+fn shown_chars(line: &str) -> usize {
+    let coloured = line.split("\x1b[").skip(1).map(|part| part.split_once('m').map_or(part, |(_, rest)| rest));
+    let plain = line.split("\x1b[").next();
+    plain.into_iter().chain(coloured).map(|part| part.chars().count()).sum()
 }
 
 struct Page {
@@ -408,12 +469,43 @@ pub(crate) mod tests {
     #[test]
     fn colours_are_for_terminals_that_want_them() {
         let look = |is_terminal, vars: &[(&str, &str)]| {
-            Look::of(is_terminal, |name| vars.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned()))
+            let var = |name: &str| vars.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+            Look::of(is_terminal, None, var)
         };
         assert_eq!(look(false, &[]), Look::default());
-        assert_eq!(look(true, &[("COLUMNS", "80")]), Look { width: 80, colours: true });
+        assert_eq!(look(true, &[("COLUMNS", "80")]), Look { width: 80, screen: None, colours: true });
         assert!(look(true, &[("NO_COLOR", ""), ("COLUMNS", "wide")]).colours);
         assert!(!look(true, &[("NO_COLOR", "1")]).colours && !look(true, &[("TERM", "dumb")]).colours);
+    }
+
+    #[test]
+    fn the_terminal_says_its_size_and_columns_counts_more() {
+        let look = |is_terminal, columns, said: Option<&str>| {
+            let screen = Some(Screen { columns, rows: 10 });
+            let look = Look::of(is_terminal, screen, |name| said.filter(|_| name == "COLUMNS").map(str::to_owned));
+            assert_eq!(look.screen, screen.filter(|_| is_terminal));
+            look.width
+        };
+        assert_eq!(look(true, 60, None), 60);
+        assert_eq!(look(true, 60, Some("80")), 80);
+        assert_eq!(look(true, 60, Some("wide")), 60);
+        // What is narrower cannot be read, however it is wrapped.
+        assert_eq!((look(true, 3, None), look(true, 9999, None)), (40, 500));
+        assert_eq!(look(false, 60, None), 100);
+    }
+
+    #[test]
+    fn a_frame_fits_its_screen_and_says_what_it_leaves_out() {
+        let framed = |text: &str, columns, rows| frame(text, Some(Screen { columns, rows })).replace('\x1b', "^");
+        assert_eq!(framed("a\n\nb\n", 10, 3), "^[Ha^[K\r\n^[K\r\n^[Jb");
+        assert_eq!(framed("a\nb\nc\nd\n", 10, 3), "^[Ha^[K\r\nb^[K\r\n^[J… 2 more lines");
+        assert_eq!(framed("a\nb\n", 10, 1), "^[H^[J… 2 more lines");
+        // What is longer than a row takes several; colours take no room.
+        assert_eq!(framed("12345\nb\nc\n", 4, 3), "^[H12345^[K\r\n^[J… 2 more lines");
+        assert_eq!(framed("1\n12345\nb\n", 4, 3), "^[H1^[K\r\n^[J… 2 more lines");
+        let colours = "\x1b[1;31m1234\x1b[0m\nb\n";
+        assert_eq!(framed(colours, 4, 2), "^[H^[1;31m1234^[0m\r\n^[Jb");
+        assert_eq!(frame("12345\nb\nc\n", None), "\x1b[H12345\x1b[K\r\nb\x1b[K\r\n\x1b[Jc");
     }
 
     #[test]
@@ -438,7 +530,7 @@ pub(crate) mod tests {
         let mut long = container("one", "discovered");
         let reason: Vec<String> = (0..60).map(|n| format!("word{n}")).collect();
         long.reason = Some(reason.join(" "));
-        let text = render(&status(vec![long]), Look { width: 60, colours: false });
+        let text = render(&status(vec![long]), Look { width: 60, ..Look::default() });
         for word in reason {
             assert!(text.contains(&word), "{word}: {text}");
         }

@@ -187,6 +187,24 @@ async fn l13_not_ready_any_more_and_still_serving_for_a_moment() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l13_the_admin_port_shows_the_drain_to_its_end() {
+    let (_upstream, app, gate, client) = streaming(&[("PROXY_ADMIN_PORT", "0")]).await;
+    let (addr, admin) = (app.addr(), app.admin_addr().unwrap());
+    let down = tokio::spawn(app.shutdown());
+    eventually("nobody listens any more", async || tokio::net::TcpStream::connect(addr).await.is_err()).await;
+    // On connections of their own, as whoever looks now and then has none.
+    let ask = async |path: &str| Client::connect(admin).await.ask(&Request::get(path)).await;
+    let status = ask("/status").await.json();
+    assert_eq!((&status["stopping"], &status["containers"][0]["in_flight"]), (&true.into(), &1.into()), "{status}");
+    assert!(ask("/metrics").await.text().contains("proxy_backend_inflight{backend=\"a\",model=\"m\"} 1\n"));
+    assert_eq!((ask("/healthz").await.status, ask("/readyz").await.status), (200, 503));
+    assert!(!down.is_finished(), "a stream is under way");
+    assert_ends_well(&gate, client).await;
+    soon("the proxy is down", down).await.unwrap();
+    eventually("the admin port is closed", async || tokio::net::TcpStream::connect(admin).await.is_err()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l13_shutdown_ends_with_the_drain_time() {
     let (upstream, app, _gate, client) = streaming(&[("PROXY_DRAIN_TIMEOUT", "500ms")]).await;
     let since = Instant::now();

@@ -257,12 +257,15 @@ async fn o06_json_parses_at_every_level_and_holds_no_environment() {
         (Request::get("/v1/models").header("x-request-id", "id-4"), 200),
     ];
     for (i, (request, status)) in requests.iter().enumerate() {
-        assert_eq!(client.ask(request).await.status, *status);
+        let answer = client.ask(request).await;
+        assert_eq!(answer.status, *status);
         let id = format!("id-{}", i + 1);
         let is_told = || lines().into_iter().find(|line| line["message"] == "request" && line["request_id"] == *id);
         eventually(format!("an access line of {id}"), async || is_told().is_some()).await;
         let line = is_told().unwrap();
         assert_eq!((&line["level"], &line["status"]), (&"DEBUG".into(), &(*status).into()), "{line}");
+        // The proxy's own answers count as much as those of backends.
+        assert_eq!(line["bytes"], answer.text().len(), "{line}");
     }
     upstream.script(vec![Step::ReadBody, Step::Send("nonsense\r\n\r\n".into())]);
     assert_eq!(client.ask(&Request::chat("m").header("x-request-id", "id-5")).await.status, 502);

@@ -19,6 +19,7 @@ mod architecture;
 mod balancing;
 mod body;
 mod breaker;
+mod commands;
 mod drain;
 mod encoded;
 mod failures;

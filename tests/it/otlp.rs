@@ -6,7 +6,10 @@ use std::{
 };
 
 use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind};
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+};
 
 use crate::support::{
     collector::{Collector, text},
@@ -475,6 +478,90 @@ async fn o02_a_dead_collector_is_said_once() {
     })
     .await;
     collector.spans_of(SpanKind::Server, 1).await;
+    std::fs::remove_file(&log).unwrap();
+}
+
+/// Who connects to this server gets this answer, whatever was said, or before anything was if it `speaks_first`.
+async fn deaf(answer: &'static [u8], speaks_first: bool) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                if !speaks_first {
+                    let _ = stream.read_u8().await;
+                }
+                let _ = stream.write_all(answer).await;
+                // Not closed with something unread, which would be a reset.
+                let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
+            });
+        }
+    });
+    addr
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o02_who_speaks_otherwise_is_told_with_what_to_set() {
+    const HTTP1: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n";
+    const HTTP2: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+    let upstream = Upstream::start("b", &["m"]).await;
+    for (scheme, protocol, answer, speaks_first, advice) in [
+        ("https", HTTP, HTTP1, false, "let the endpoint begin with http://"),
+        ("https", GRPC, HTTP2, true, "let the endpoint begin with http://"),
+        ("http", GRPC, HTTP1, false, "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
+        ("http", HTTP, HTTP2, false, "set OTEL_EXPORTER_OTLP_PROTOCOL=grpc"),
+        ("http", HTTP, HTTP2, true, "set OTEL_EXPORTER_OTLP_PROTOCOL=grpc"),
+    ] {
+        let log = std::env::temp_dir().join(format!("it-otlp-{}.log", fastrand::u64(..)));
+        let url = format!("{scheme}://{}", deaf(answer, speaks_first).await);
+        let knobs = [
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", protocol),
+            ("OTEL_METRIC_EXPORT_INTERVAL", "10"),
+        ];
+        let _proxy = ProxyProcess::start_logged(&knobs, &[&upstream], &log).await;
+        let complaint = || {
+            let text = std::fs::read_to_string(&log).unwrap();
+            text.lines().find(|line| line.contains("telemetry does not get through")).map(str::to_owned)
+        };
+        eventually("it is complained of", async || complaint().is_some()).await;
+        let complaint = complaint().unwrap();
+        assert!(complaint.contains(advice), "{url} {protocol}: {complaint}");
+        std::fs::remove_file(&log).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o02_a_complaint_names_the_path_and_another_kind_of_trouble_is_said_at_once() {
+    const MANY: usize = 1_000_000;
+    let collector = Collector::start().await;
+    collector.refuse(404, MANY);
+    let upstream = Upstream::start("b", &["m"]).await;
+    let log = std::env::temp_dir().join(format!("it-otlp-{}.log", fastrand::u64(..)));
+    let url = format!("{}/v1/metrics", collector.url());
+    let knobs = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
+        ("OTEL_TRACES_EXPORTER", "none"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "10"),
+    ];
+    let _proxy = ProxyProcess::start_logged(&knobs, &[&upstream], &log).await;
+    let said = || {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let complaints =
+            text.lines().filter(|line| line.contains("WARN") && line.contains("telemetry does not get through"));
+        complaints.map(str::to_owned).collect::<Vec<_>>()
+    };
+    for (statuses, status) in [(1, 404), (2, 403)] {
+        collector.refuse(status, MANY);
+        let answered = collector.heads().len();
+        eventually("it is refused many times", async || collector.heads().len() > answered + 20).await;
+        eventually("it is said", async || said().len() >= statuses).await;
+        let said = said();
+        let place = format!("{}/v1/metrics/v1/metrics", collector.addr);
+        assert_eq!(said.len(), statuses, "once for each kind: {said:?}");
+        let last = said.last().unwrap();
+        assert!(last.contains(&place) && last.contains(&status.to_string()), "{last}");
+    }
     std::fs::remove_file(&log).unwrap();
 }
 

@@ -244,6 +244,31 @@ async fn r04_the_proxys_own_paths_answer_without_a_backend() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r04_the_proxys_own_paths_are_for_reading() {
+    let app = TestApp::start().await;
+    let elsewhere = TestApp::start_with(&[("PROXY_ADMIN_PORT", "0")]).await;
+    for path in ["/", "/status", "/metrics", "/healthz", "/readyz"] {
+        for method in ["POST", "PUT", "DELETE"] {
+            let answer = app.ask(&Request::new(method, path)).await;
+            assert_openai_error(&answer, 405, "method_not_allowed");
+            assert_eq!(answer.header("allow"), Some("GET, HEAD"), "{method} {path}");
+            let answer = Client::connect(elsewhere.admin_addr().unwrap()).await.ask(&Request::new(method, path)).await;
+            assert_eq!((answer.status, answer.header("allow")), (405, Some("GET, HEAD")), "{method} {path}");
+        }
+        assert_eq!(app.ask(&Request::new("HEAD", path)).await.status, 200, "{path}");
+    }
+    assert_eq!(elsewhere.ask(&Request::new("POST", "/status")).await.status, 404, "it is on the other port");
+    for path in ["/", "/status", "/metrics"] {
+        assert_eq!(app.ask(&Request::new("OPTIONS", path)).await.status, 204, "{path}");
+    }
+    // Front proxies check health like this.
+    assert_eq!(app.ask(&Request::new("OPTIONS", "/healthz")).await.status, 200);
+    let gate = Gate::shut();
+    let starting = TestApp::start_with_late_scan(&gate, []).await;
+    assert_eq!(starting.ask(&Request::new("OPTIONS", "/readyz")).await.status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r04_the_admin_port_takes_metrics_and_status_along() {
     let app = TestApp::start_with(&[("PROXY_ADMIN_PORT", "0")]).await;
     let admin = app.admin_addr().expect("an admin port was asked for");

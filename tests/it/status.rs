@@ -163,6 +163,24 @@ async fn o05_old_clients_and_http2_can_watch_too() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o05_what_a_client_accepts_is_read_to_its_end() {
+    let app = TestApp::start_with(&[("PROXY_ADMIN_PORT", "0")]).await;
+    let plain = TestApp::start().await;
+    for addr in [app.admin_addr().unwrap(), plain.addr()] {
+        for (accept, kind) in [
+            (&["application/json, text/event-stream;q=0"][..], "application/json"),
+            (&["application/json;q=0.5", STREAM], STREAM),
+        ] {
+            let request = Request::get("/status");
+            let request = accept.iter().fold(request, |request, line| request.header("accept", line));
+            let mut client = Client::connect(addr).await;
+            client.send(request.bytes()).await;
+            assert_eq!(client.head().await.header("content-type"), Some(kind), "{accept:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn o05_the_page_is_for_browsers_and_guarded() {
     let app = TestApp::start_with(&[("PROXY_ADMIN_PORT", "0")]).await;
     let plain = TestApp::start().await;

@@ -9,6 +9,7 @@
 //! repeats what may be repeated.
 
 use std::{
+    error::Error,
     fmt, io,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -44,8 +45,10 @@ use crate::config::otlp::{Collector, Protocol};
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// Flag and length before a gRPC message.
 const FRAME_HEAD_BYTES: usize = 5;
-/// Least time between two complaints about one collector.
+/// Least time between two complaints of the same kind about one collector.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+/// Complaints about one collector in that time: a collector that fails in ever new ways does not fill the log.
+const COMPLAINTS_MAX: usize = 8;
 /// The answer that the SDK gets once nothing is to be sent any more: one after which it does not try again.
 const CLOSED: StatusCode = StatusCode::GONE;
 
@@ -69,11 +72,12 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Reach {
     failing: bool,
-    complained_at: Option<Instant>,
+    /// What was complained of lately, and when.
+    complaints: Vec<(SendError, Instant)>,
 }
 
 /// Why something was not taken. None of these names a header.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 enum SendError {
     #[error("no answer within {0:?}")]
     TimedOut(Duration),
@@ -176,6 +180,35 @@ impl HttpClient for CollectorClient {
     }
 }
 
+// === impl SendError ===
+
+impl SendError {
+    /// Whether somebody who knows the other one learns nothing new.
+    fn is_like(&self, other: &SendError) -> bool {
+        match (self, other) {
+            (SendError::Broke(one), SendError::Broke(other)) => one == other,
+            (SendError::Status(one), SendError::Status(other)) => one == other,
+            (SendError::Grpc { code: one, .. }, SendError::Grpc { code: other, .. }) => one == other,
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
+}
+
+// === impl Reach ===
+
+impl Reach {
+    /// Whether to complain of this: at once where it is new, else once in a while.
+    fn is_news(&mut self, error: &SendError, now: Instant) -> bool {
+        self.complaints.retain(|(_, at)| now.duration_since(*at) < COMPLAINT_INTERVAL);
+        let is_news =
+            self.complaints.len() < COMPLAINTS_MAX && !self.complaints.iter().any(|(known, _)| known.is_like(error));
+        if is_news {
+            self.complaints.push((error.clone(), now));
+        }
+        is_news
+    }
+}
+
 // === impl Inner ===
 
 impl fmt::Debug for Inner {
@@ -212,7 +245,7 @@ impl Inner {
     }
 
     async fn exchange(&self, message: Bytes, gzip: bool) -> Result<Response<Bytes>, SendError> {
-        let broke = |error: &(dyn std::error::Error + 'static)| SendError::Broke(with_causes(error));
+        let broke = |error: &(dyn Error + 'static)| SendError::Broke(in_words(error, self.collector.protocol));
         let response = self.http.request(self.request(message, gzip)?).await.map_err(|error| broke(&error))?;
         let (parts, body) = response.into_parts();
         let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
@@ -260,16 +293,15 @@ impl Inner {
         request.body(Full::new(body)).map_err(|error| SendError::Broke(error.to_string()))
     }
 
-    /// Tells the log how it went, where that is news: at most once in a while, however often it fails.
+    /// Tells the log how it went, where that is news.
     fn note(&self, error: &Option<SendError>) {
         let mut reach = self.reach.lock().unwrap_or_else(PoisonError::into_inner);
         let (what, now) = (self.what, Instant::now());
-        let collector = self.collector.url.authority().map_or("?", |authority| authority.as_str());
+        let collector = self.collector.place();
         match error {
             Some(error) => {
                 reach.failing = true;
-                if reach.complained_at.is_none_or(|at| now.duration_since(at) >= COMPLAINT_INTERVAL) {
-                    reach.complained_at = Some(now);
+                if reach.is_news(error, now) {
                     tracing::warn!(what, collector, %error, "telemetry does not get through; requests are served as ever");
                 } else {
                     tracing::debug!(what, collector, %error, "telemetry does not get through");
@@ -336,26 +368,56 @@ fn shown(text: &str) -> String {
     text.chars().take(200).collect()
 }
 
-fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let also = error.to_string();
-        if !text.contains(&also) {
-            text = format!("{text}: {also}");
+/// What went wrong, and what to do about it where that is known: what users meet is said in other words than a library's.
+fn in_words(error: &(dyn Error + 'static), protocol: Protocol) -> String {
+    let tls = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>());
+    let http = causes(error).find_map(|cause| cause.downcast_ref::<hyper::Error>());
+    let text = with_causes(error);
+    let (spoken, other) = match protocol {
+        Protocol::Grpc => ("HTTP/2, as gRPC does", "OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
+        Protocol::HttpProtobuf => {
+            ("HTTP/1", "OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or let the endpoint begin with https://")
         }
-        cause = error.source();
-    }
-    // Refusals are what users meet; the words above them say nothing more.
-    match io_cause(error) {
-        Some(io::ErrorKind::ConnectionRefused) => "nobody listens there".to_owned(),
-        _ => shown(&text),
+    };
+    match (io_cause(error), tls, http) {
+        (Some(io::ErrorKind::ConnectionRefused), ..) => "nobody listens there".to_owned(),
+        (_, Some(rustls::Error::InvalidMessage(_)), _) => {
+            "what answers there does not speak TLS: let the endpoint begin with http://".to_owned()
+        }
+        (_, Some(rustls::Error::InvalidCertificate(_)), _) => {
+            format!("{text}: OTEL_EXPORTER_OTLP_CERTIFICATE says what to trust")
+        }
+        // The latter are the first bytes of any answer of HTTP/1, read as the length of a frame of HTTP/2.
+        (_, _, Some(http)) if http.is_parse() || text.contains("frame with invalid size") => {
+            format!("what answers there does not speak {spoken}: set {other}")
+        }
+        // Whether the answer was seen before the connection broke for it is a matter of luck.
+        (None, _, Some(_)) => format!("{text}; if what answers there does not speak {spoken}, set {other}"),
+        _ => text,
     }
 }
 
-fn io_cause(error: &(dyn std::error::Error + 'static)) -> Option<io::ErrorKind> {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.filter_map(|error| error.downcast_ref::<io::Error>()).last().map(io::Error::kind)
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    for cause in causes(error).skip(1) {
+        let also = cause.to_string();
+        if !text.contains(&also) {
+            text = format!("{text}: {also}");
+        }
+    }
+    shown(&text)
+}
+
+fn io_cause(error: &(dyn Error + 'static)) -> Option<io::ErrorKind> {
+    causes(error).filter_map(|cause| cause.downcast_ref::<io::Error>()).last().map(io::Error::kind)
+}
+
+/// The error and what is behind it. An [`io::Error`] does not name what it wraps as its source, but what is behind that.
+fn causes<'e>(error: &'e (dyn Error + 'static)) -> impl Iterator<Item = &'e (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| {
+        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        wrapped.map(|wrapped| wrapped as &(dyn Error + 'static)).or_else(|| error.source())
+    })
 }
 
 #[cfg(test)]
@@ -373,6 +435,38 @@ mod tests {
         for (code, status) in [(14, 503), (8, 429), (4, 503), (3, 400), (12, 400), (16, 400)] {
             assert_eq!(http_status(code).as_u16(), status, "gRPC {code}");
         }
+    }
+
+    #[test]
+    fn what_users_meet_is_said_with_what_to_do() {
+        let tls = |error: rustls::Error| io::Error::other(io::Error::new(io::ErrorKind::InvalidData, error));
+        for (error, expected) in [
+            (io::ErrorKind::ConnectionRefused.into(), "nobody listens there"),
+            (tls(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType)), "begin with http://"),
+            (tls(rustls::CertificateError::UnknownIssuer.into()), "OTEL_EXPORTER_OTLP_CERTIFICATE says"),
+            (io::ErrorKind::ConnectionReset.into(), "connection reset"),
+        ] {
+            let words = in_words(&error, Protocol::Grpc);
+            assert!(words.contains(expected), "{words}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_new_is_complained_of_at_once_and_the_rest_seldom() {
+        let mut reach = Reach::default();
+        let broke = |text: &str| SendError::Broke(text.to_owned());
+        let begun = Instant::now();
+        assert!(reach.is_news(&broke("a"), begun) && !reach.is_news(&broke("a"), begun));
+        assert!(reach.is_news(&broke("b"), begun), "another text is news");
+        assert!(reach.is_news(&SendError::Status(StatusCode::NOT_FOUND), begun));
+        assert!(reach.is_news(&SendError::Status(StatusCode::FORBIDDEN), begun));
+        let grpc = |message: &str| SendError::Grpc { code: 14, message: message.to_owned() };
+        assert!(reach.is_news(&grpc("one"), begun) && !reach.is_news(&grpc("other"), begun));
+        let soon = begun + COMPLAINT_INTERVAL / 2;
+        assert!(!reach.is_news(&broke("a"), soon));
+        let news = (0..100).filter(|n| reach.is_news(&broke(&n.to_string()), soon)).count();
+        assert_eq!(news, COMPLAINTS_MAX - 5, "however many kinds there are");
+        assert!(reach.is_news(&broke("a"), begun + COMPLAINT_INTERVAL));
     }
 
     #[test]
