@@ -223,7 +223,8 @@ impl Proxy {
         };
         let began = Instant::now();
         exchange.is_in_line = true;
-        let deadline = began + self.queue.timeout;
+        // One that is sent again has waited before, perhaps.
+        let deadline = began + self.queue.timeout.saturating_sub(exchange.in_line);
         exchange.trace.queued(model.waiting.len());
         let waited = loop {
             let mut until = deadline;
@@ -251,6 +252,7 @@ impl Proxy {
         // Whose client has left has left the line.
         exchange.is_in_line = waited.is_err();
         exchange.has_waited(elapsed);
+        exchange.in_line += elapsed;
         model.metrics.queue_wait.observe(elapsed);
         exchange.trace.dequeued(elapsed);
         waited

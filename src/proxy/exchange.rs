@@ -103,6 +103,8 @@ pub struct Exchange<'r> {
     pub status: u16,
     /// It stands in line for a place.
     pub is_in_line: bool,
+    /// How long it has stood in line in all.
+    pub in_line: Duration,
     /// Its body had not come to its end when its client left.
     pub is_uploading: bool,
     /// Payload of its body, once that is known.
@@ -161,6 +163,7 @@ impl<'r> Exchange<'r> {
             trace: Trace::begin(metrics.tracing.as_ref(), head),
             status: 0,
             is_in_line: false,
+            in_line: Duration::ZERO,
             is_uploading: false,
             request_bytes: None,
             response_bytes: 0,

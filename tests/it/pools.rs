@@ -1,5 +1,7 @@
 //! P1, P4, P9: several backends with one model.
 
+use std::time::{Duration, Instant};
+
 use crate::support::*;
 
 /// Two replicas that hold every request until the gate is open.
@@ -190,7 +192,7 @@ async fn p09_who_waits_is_served_in_order() {
         let mut client = app.client().await;
         client.send(Request::chat("m").header("x-turn", &turn.to_string()).bytes()).await;
         // Nothing outside tells that it has joined the queue: give it the time to.
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         clients.push(client);
     }
     assert_eq!(upstream.count(), 1);
@@ -210,6 +212,31 @@ async fn send_waiting(app: &TestApp, request: &Request, length: f64) -> Client {
     client.send(request.bytes()).await;
     app.waiting_is("m", length).await;
     client
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p09_a_request_that_is_sent_again_does_not_wait_as_long_again() {
+    let timeout = Duration::from_secs(4);
+    let app = TestApp::start_with(&[("PROXY_QUEUE_TIMEOUT", "4s")]).await;
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await);
+    let (gate_a, gate_b) = (Gate::shut(), Gate::shut());
+    for (upstream, gate) in [(&a, &gate_a), (&b, &gate_b)] {
+        app.add(Spec::of(upstream).label("inference.max_inflight", 1)).await;
+        upstream.script(held_reply(gate));
+    }
+    a.always(vec![Step::ReadBody, Step::Reset]);
+    let busy = send_held(&app, 2, || a.count() + b.count()).await;
+    let since = Instant::now();
+    let mut waiting = send_waiting(&app, &Request::chat("m"), 1.0).await;
+    // Most of its time is over when it comes to one that fails, and waits for the other one.
+    tokio::time::sleep(timeout * 3 / 4).await;
+    gate_a.open();
+    let answer = waiting.answer().await;
+    let took = since.elapsed();
+    assert_eq!(answer.status, 502, "{}", answer.text());
+    assert!(took >= timeout && took < timeout * 3 / 2, "after {took:?}");
+    gate_b.open();
+    drop(busy);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -318,10 +345,10 @@ async fn l12_while_somebody_is_coming_nobody_is_refused() {
             tokio::spawn(async move {
                 let mut client = Client::connect(addr).await;
                 while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
-                    let since = std::time::Instant::now();
+                    let since = Instant::now();
                     let answer = client.ask(&Request::chat("m")).await;
                     assert_eq!(answer.status, 200, "{}", answer.text());
-                    assert!(since.elapsed() < std::time::Duration::from_secs(10), "forgotten in the line");
+                    assert!(since.elapsed() < Duration::from_secs(10), "forgotten in the line");
                 }
             })
         })
@@ -365,7 +392,7 @@ async fn ask_at_once(app: &TestApp, clients: usize, n: usize) {
 
 /// Answers after so long.
 fn slow_reply(ms: u64) -> Script {
-    let mut script = vec![Step::ReadBody, Step::Pause(std::time::Duration::from_millis(ms))];
+    let mut script = vec![Step::ReadBody, Step::Pause(Duration::from_millis(ms))];
     script.extend(json_reply("{}").into_iter().skip(1));
     script
 }
@@ -392,14 +419,14 @@ async fn p03_a_cold_replica_is_neither_starved_nor_flooded() {
     ask_at_once(&app, 8, 200).await;
     // The pool of two has had time to settle; a third of the traffic is the newcomer's share.
     app.add(Spec::of(&cold)).await;
-    let since = std::time::Instant::now();
+    let since = Instant::now();
     let asking = ask_at_once(&app, 8, 200);
     let first = async {
         eventually("the first request", async || cold.count() > 0).await;
         since.elapsed()
     };
     let ((), first) = tokio::join!(asking, first);
-    assert!(first < std::time::Duration::from_secs(1), "first request after {first:?}");
+    assert!(first < Duration::from_secs(1), "first request after {first:?}");
     assert!(cold.count() < 200, "flooded: {} of 200", cold.count());
     let before = cold.count();
     ask_at_once(&app, 8, 600).await;
