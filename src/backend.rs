@@ -283,28 +283,26 @@ impl Backend {
 
     /// Resolves once the backend is closed.
     pub async fn closed(&self) {
-        loop {
-            let closed = self.closed.notified();
-            tokio::pin!(closed);
-            closed.as_mut().enable();
-            if self.is_closed() {
-                return;
-            }
-            closed.await;
-        }
+        until(&self.closed, || self.is_closed()).await;
     }
 
     /// Resolves once the backend is closed and has no request in flight.
     pub async fn drained(&self) {
-        loop {
-            let left = self.drained.notified();
-            tokio::pin!(left);
-            left.as_mut().enable();
-            if self.is_closed() && self.in_flight() == 0 {
-                return;
-            }
-            left.await;
+        until(&self.drained, || self.is_closed() && self.in_flight() == 0).await;
+    }
+}
+
+/// Resolves once `is_so`, of which `told` is told.
+async fn until(told: &Notify, is_so: impl Fn() -> bool) {
+    loop {
+        let told = told.notified();
+        tokio::pin!(told);
+        // Before the look, so that what happens after it is not missed.
+        told.as_mut().enable();
+        if is_so() {
+            return;
         }
+        told.await;
     }
 }
 

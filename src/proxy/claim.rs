@@ -7,7 +7,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::future::join_all;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
@@ -199,7 +198,11 @@ impl Proxy {
         exchange: &mut Exchange<'_>,
     ) -> Result<Option<InFlight>, NoAnswer> {
         let began = Instant::now();
-        let all_closed = join_all(tried.iter().map(|backend| backend.closed()));
+        let all_closed = async {
+            for backend in tried {
+                backend.closed().await;
+            }
+        };
         let news = client.unless_gone(timeout(NEWS_TIME, all_closed)).await?;
         exchange.has_waited(began.elapsed());
         if news.is_err() {

@@ -156,6 +156,17 @@ async fn o02_one_request_over_grpc() {
     o02_one_request(GRPC, "gzip").await;
 }
 
+/// Asks until one of two replicas has been asked. Returns how often.
+async fn ask_until_reached(app: &TestApp, replica: &Upstream) -> usize {
+    let mut asked = 0;
+    while replica.count() == 0 {
+        assert!(asked < 100, "nothing reaches one of two replicas");
+        asked += 1;
+        assert_eq!(app.ask(&Request::chat("m")).await.status, 200);
+    }
+    asked
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn o02_every_attempt_has_a_span() {
     let collector = Collector::start().await;
@@ -166,12 +177,7 @@ async fn o02_every_attempt_has_a_span() {
     }
     let app = exporting(&collector, HTTP, &[("PROXY_RETRIES", "1")], &[&a, &b]).await;
     a.always(vec![Step::ReadBody, Step::Close]);
-    let mut asked = 0;
-    while a.count() == 0 {
-        assert!(asked < 100, "nothing reaches one of two replicas");
-        asked += 1;
-        assert_eq!(app.ask(&Request::chat("m")).await.status, 200);
-    }
+    let asked = ask_until_reached(&app, &a).await;
     let servers = collector.spans_of(SpanKind::Server, asked).await;
     assert_eq!(servers.len(), asked);
     let server = servers.iter().find(|span| event_names(span).contains(&"retry")).unwrap();
@@ -191,12 +197,7 @@ async fn o02_an_attempt_that_is_pushed_back_is_told() {
     a.always(reply("429 Too Many Requests", "", "later"));
     b.always(json_reply("{}"));
     let app = exporting(&collector, HTTP, &[("PROXY_BALANCE", "round_robin")], &[&a, &b]).await;
-    let mut asked = 0;
-    while a.count() == 0 {
-        assert!(asked < 100, "nothing reaches one of two replicas");
-        asked += 1;
-        assert_eq!(app.ask(&Request::chat("m")).await.status, 200);
-    }
+    let asked = ask_until_reached(&app, &a).await;
     let servers = collector.spans_of(SpanKind::Server, asked).await;
     let server = servers.iter().find(|span| event_names(span).contains(&"retry")).unwrap();
     assert_eq!(event_names(server), ["attempt.failed", "retry"]);
