@@ -42,9 +42,6 @@ const ASKS_MAX: usize = 64;
 const ADMIN_CONNECTIONS_MAX: usize = 256;
 /// Time for a request's head on the admin port, and for idling between requests.
 const ADMIN_HEAD_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long connections are still accepted once readiness says no: whoever balances over several proxies needs a moment to
-/// notice.
-const SETTLE: Duration = Duration::from_secs(1);
 /// How long the last telemetry gets to reach its collector, once the last request is done.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -61,6 +58,8 @@ pub struct App {
     watched: CancellationToken,
     stopping: Arc<AtomicBool>,
     ready: Arc<AtomicBool>,
+    /// How long connections are still accepted once `/readyz` says 503, because a front proxy needs time to notice.
+    settle: Duration,
     drain_timeout: Duration,
     otlp: Option<Otlp>,
 }
@@ -149,9 +148,10 @@ impl App {
         let workers = Arc::new(Workers::start(count, connections_max, &proxy)?);
         let accept = {
             let workers = workers.clone();
-            async move { workers.accept(listener).await }
+            let closing = accepting.clone();
+            async move { workers.accept(listener, closing).await }
         };
-        tasks.spawn(accepting.clone().run_until_cancelled_owned(accept));
+        tasks.spawn(accept);
         tracing::info!(address = %data_addr, admin = admin_addr.map(|addr| addr.to_string()), workers = count, connections_max, discovery = source, "listening");
         Ok(App {
             data_addr,
@@ -162,6 +162,7 @@ impl App {
             watched,
             stopping,
             ready,
+            settle: config.settle,
             drain_timeout: config.drain_timeout,
             otlp,
         })
@@ -182,13 +183,13 @@ impl App {
         self.ready.load(Ordering::Acquire)
     }
 
-    /// Stops: readiness says no at once; connections are accepted for a moment longer; requests under way finish within
-    /// the drain timeout, and the admin port is open as long. Returns whether all of them did.
+    /// Stops: `/readyz` says 503 at once; connections are accepted for the settle time; after that, requests under way
+    /// finish within the drain timeout, and the admin port is open as long. Returns whether all of them did.
     pub async fn shutdown(mut self) -> bool {
         self.stopping.store(true, Ordering::Release);
         self.watched.cancel();
-        tracing::info!(drain_timeout = ?self.drain_timeout, "shutting down");
-        sleep(SETTLE.min(self.drain_timeout)).await;
+        tracing::info!(settle = ?self.settle, drain_timeout = ?self.drain_timeout, "shutting down");
+        sleep(self.settle).await;
         self.accepting.cancel();
         let mut finished = true;
         if let Some(mut workers) = self.workers.take() {

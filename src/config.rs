@@ -45,6 +45,12 @@ const OWN: &[Knob] = &[
     knob("PROXY_BIND", "", "address to listen on; unset: all addresses, IPv4 and IPv6"),
     knob("PROXY_ADMIN_PORT", "", "when set, /metrics, /status and the status page move to this port"),
     knob("PROXY_DRAIN_TIMEOUT", "60s", "how long in-flight requests may go on when a backend, or the proxy, goes away"),
+    knob(
+        "PROXY_SETTLE",
+        "5s",
+        "how long connections are still taken after SIGTERM, while /readyz says 503: longer than a front proxy's check \
+         interval and time-out together",
+    ),
     knob("PROXY_NETWORK", "", "default for the label inference.network"),
     knob(
         "PROXY_SAME_MODEL",
@@ -137,6 +143,7 @@ pub struct Config {
     pub port: u16,
     pub admin_port: Option<u16>,
     pub drain_timeout: Duration,
+    pub settle: Duration,
     pub network: Option<String>,
     pub same_model: SameModel,
     pub balance: Balance,
@@ -257,6 +264,7 @@ impl Config {
             port: env.required("PROXY_PORT", "a port, 0 to 65535", |v| v.parse().ok())?,
             admin_port: env.optional("PROXY_ADMIN_PORT", "a port, 0 to 65535", |v| v.parse().ok())?,
             drain_timeout: env.required("PROXY_DRAIN_TIMEOUT", DURATION, parse_duration)?,
+            settle: env.required("PROXY_SETTLE", DURATION, parse_duration)?,
             network: env.optional("PROXY_NETWORK", "a network name", |v| Some(v.to_owned()))?,
             same_model: env.required("PROXY_SAME_MODEL", "balance or newest", |v| match v {
                 "balance" => Some(SameModel::Balance),
@@ -537,7 +545,7 @@ mod tests {
     fn defaults_are_the_contracts() {
         let (c, warnings) = config(&[]).unwrap();
         assert_eq!((c.port, c.bind, c.admin_port), (8080, None, None));
-        assert_eq!(c.drain_timeout, Duration::from_secs(60));
+        assert_eq!((c.drain_timeout, c.settle), (Duration::from_secs(60), Duration::from_secs(5)));
         assert_eq!(c.model_grace, Duration::from_secs(60));
         assert_eq!(c.models_refresh, Duration::from_secs(30));
         assert_eq!((c.retries, c.connect_timeout), (1, Duration::from_secs(2)));
@@ -559,6 +567,7 @@ mod tests {
             ("PROXY_PORT", "eighty", "a port"),
             ("PROXY_PORT", "70000", "a port"),
             ("PROXY_DRAIN_TIMEOUT", "60 apples", "a duration"),
+            ("PROXY_SETTLE", "off", "a duration"),
             ("PROXY_MAX_BODY", "1XB", "a size"),
             ("PROXY_SAME_MODEL", "oldest", "balance or newest"),
             ("PROXY_BALANCE", "random", "ewma"),

@@ -22,7 +22,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::mpsc,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -40,6 +40,9 @@ const HANDOVER_MAX: usize = 1024;
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long a connection may stay without a word.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// A client sends its request right after connecting. A connection that is younger than this when the proxy stops is
+/// therefore not closed before its first bytes have had time to come.
+const FIRST_BYTES_GRACE: Duration = Duration::from_secs(1);
 /// A client whose machine is gone says nothing. Asked so often, it is noticed while its answer is still being computed.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// The first bytes of every HTTP/2 connection (RFC 9113, 3.4).
@@ -126,15 +129,20 @@ impl Workers {
         Ok(Workers { workers, finish, abort, connections_max })
     }
 
-    /// Accepts connections and hands them out, for ever. Dropping the future closes the listener.
+    /// Accepts connections and hands them out until `closing`, and then those that the kernel has accepted already: their
+    /// clients may have sent requests. Closes the listener.
     ///
     /// # Errors
     /// The listener cannot be waited for.
-    pub async fn accept(&self, listener: TcpListener) -> io::Result<()> {
+    pub async fn accept(&self, listener: TcpListener, closing: CancellationToken) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         loop {
-            self.room().await;
-            match listener.accept().await {
+            let next = async {
+                self.room().await;
+                listener.accept().await
+            };
+            let Some(accepted) = closing.run_until_cancelled(next).await else { break };
+            match accepted {
                 // Back to a plain socket: its worker registers it with its own runtime.
                 Ok((stream, peer)) => match stream.into_std() {
                     Ok(stream) => self.hand_over(stream, peer).await,
@@ -148,20 +156,34 @@ impl Workers {
                 Err(error) => tracing::debug!(%error, "accept failed"),
             }
         }
+        let listener = listener.into_std()?;
+        for _ in 0..BACKLOG {
+            if self.is_full() {
+                break;
+            }
+            match listener.accept() {
+                Ok((stream, peer)) if stream.set_nonblocking(true).is_ok() => self.hand_over(stream, peer).await,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_exhaustion(&error) => break,
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Waits until another connection may be accepted; who comes meanwhile waits in the kernel.
     async fn room(&self) {
-        let is_full =
-            || self.workers.iter().map(|worker| worker.open.load(Relaxed)).sum::<usize>() >= self.connections_max;
-        if !is_full() {
+        if !self.is_full() {
             return;
         }
         let limit = self.connections_max;
         tracing::warn!(limit, "as many clients are connected as may be; more wait (raise the limit of open files)");
-        while is_full() {
+        while self.is_full() {
             sleep(EXHAUSTED_PAUSE).await;
         }
+    }
+
+    fn is_full(&self) -> bool {
+        self.workers.iter().map(|worker| worker.open.load(Relaxed)).sum::<usize>() >= self.connections_max
     }
 
     async fn hand_over(&self, stream: TcpStream, peer: SocketAddr) {
@@ -229,9 +251,15 @@ async fn serve(stream: TcpStream, client_ip: IpAddr, proxy: Arc<Proxy>, stopper:
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "connection lost before it was served"),
     };
+    let young_until = Instant::now() + FIRST_BYTES_GRACE;
+    let told_to_end = async {
+        stopper.begun().await;
+        sleep_until(young_until).await;
+    };
     let first = tokio::select! {
+        biased;
         first = timeout(SILENCE_MAX, first_bytes(&mut stream)) => first.ok().flatten(),
-        () = stopper.begun() => None,
+        () = told_to_end => None,
     };
     let Some(first) = first else { return };
     if first.starts_with(HTTP2_PREFACE) {
@@ -355,5 +383,54 @@ impl AsyncWrite for Rewound {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+
+    use super::*;
+    use crate::{
+        admin::{Admin, live::Live},
+        config::Config,
+        report::Reporter,
+        table,
+    };
+
+    /// A proxy without backends.
+    fn proxy() -> Arc<Proxy> {
+        let (config, _) = Config::from_vars::<&str, &str>([]).unwrap();
+        let (_, table) = table::table();
+        let metrics = Arc::new(Metrics::default());
+        let admin = Admin {
+            ready: Arc::default(),
+            stopping: Arc::new(AtomicBool::new(true)),
+            reporter: Reporter { table: table.clone(), metrics: metrics.clone() },
+            asks: mpsc::channel(1).0,
+            live: Live::new(CancellationToken::new()),
+        };
+        Arc::new(Proxy::new(&config, table, metrics, admin))
+    }
+
+    #[tokio::test]
+    async fn connections_that_the_kernel_has_accepted_are_served_before_the_port_closes() {
+        let listener = bind(Some(Ipv4Addr::LOCALHOST.into()), 0).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let workers = Workers::start(1, 16, &proxy()).unwrap();
+        let mut clients: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(addr).unwrap()).collect();
+        for client in &mut clients {
+            client.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").unwrap();
+        }
+        let closing = CancellationToken::new();
+        closing.cancel();
+        workers.accept(listener, closing).await.unwrap();
+        assert!(TcpStream::connect(addr).is_err(), "the port is open");
+        assert!(workers.finish(Duration::from_secs(10)).await);
+        for mut client in clients {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200 "), "{answer:?}");
+        }
     }
 }

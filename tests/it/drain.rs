@@ -186,6 +186,71 @@ async fn l13_not_ready_any_more_and_still_serving_for_a_moment() {
     soon("the proxy is down", down).await.unwrap();
 }
 
+/// A front proxy may take as long as `PROXY_SETTLE` to notice. Until then it opens connections and sends requests on those
+/// that it keeps, and each answer tells it to use that connection no more. The drain time has nothing to do with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l13_requests_are_taken_for_the_settle_time_on_new_and_on_kept_connections() {
+    const SETTLE: Duration = Duration::from_secs(4);
+    const STEP: Duration = Duration::from_millis(500);
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app =
+        TestApp::start_with_backends(&[("PROXY_SETTLE", "4s"), ("PROXY_DRAIN_TIMEOUT", "100ms")], &[&upstream]).await;
+    let addr = app.addr();
+    let mut kept = Vec::new();
+    for _ in 0..4 {
+        let mut client = app.client().await;
+        let answer = client.ask(&Request::chat("m")).await;
+        assert_eq!((answer.status, answer.header("connection")), (200, None));
+        kept.push(client);
+    }
+    let since = Instant::now();
+    let down = tokio::spawn(app.shutdown());
+    eventually("/readyz says 503", async || {
+        Client::connect(addr).await.ask(&Request::get("/readyz")).await.status == 503
+    })
+    .await;
+    assert!(since.elapsed() < Duration::from_secs(1), "503 after {:?}", since.elapsed());
+    for (step, mut client) in (0..).zip(kept) {
+        eventually("the next step", async || since.elapsed() >= STEP * step).await;
+        for client in [&mut client, &mut Client::connect(addr).await] {
+            let answer = client.ask(&Request::chat("m")).await;
+            let told = (answer.status, answer.header("connection"));
+            assert_eq!(told, (200, Some("close")), "after {:?}", since.elapsed());
+            assert_eq!(client.ended().await, End::Closed);
+        }
+        assert_eq!(Client::connect(addr).await.ask(&Request::get("/readyz")).await.status, 503);
+    }
+    eventually("nobody listens any more", async || tokio::net::TcpStream::connect(addr).await.is_err()).await;
+    assert!(since.elapsed() >= SETTLE, "the port was closed after {:?}", since.elapsed());
+    soon("the proxy is down", down).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l13_without_a_settle_time_the_port_closes_at_once() {
+    let app = TestApp::start_with(&[("PROXY_SETTLE", "0")]).await;
+    let since = Instant::now();
+    app.shutdown().await;
+    assert!(since.elapsed() < Duration::from_secs(1), "took {:?}", since.elapsed());
+}
+
+/// The port closes between the moment when a client connects and the moment when its request arrives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l13_a_request_on_a_connection_that_was_opened_just_before_the_end_is_served() {
+    for begun in ["", "P", "POST /v1/chat/comp"] {
+        let upstream = Upstream::start("a", &["m"]).await;
+        let app = TestApp::start_with_backends(&[("PROXY_SETTLE", "0")], &[&upstream]).await;
+        let addr = app.addr();
+        let mut client = app.client().await;
+        client.send(begun).await;
+        let down = tokio::spawn(app.shutdown());
+        eventually("nobody listens any more", async || tokio::net::TcpStream::connect(addr).await.is_err()).await;
+        client.send(&Request::chat("m").bytes()[begun.len()..]).await;
+        let answer = client.answer().await;
+        assert_eq!((answer.status, answer.header("connection")), (200, Some("close")), "{begun:?} came before");
+        soon("the proxy is down", down).await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l13_the_admin_port_shows_the_drain_to_its_end() {
     let (_upstream, app, gate, client) = streaming(&[("PROXY_ADMIN_PORT", "0")]).await;

@@ -150,7 +150,7 @@ fn command(engine: &Engine, args: &[&str], vars: &[(&str, &str)]) -> Command {
     command
         .args(args)
         .env_clear()
-        .envs([("PROXY_PORT", "0"), ("PROXY_BIND", "127.0.0.1"), ("PROXY_DRAIN_TIMEOUT", "5s")])
+        .envs([("PROXY_PORT", "0"), ("PROXY_BIND", "127.0.0.1"), ("PROXY_DRAIN_TIMEOUT", "5s"), ("PROXY_SETTLE", "1s")])
         .env("DOCKER_HOST", format!("tcp://{}", engine.addr))
         .envs(vars.iter().copied())
         .stdin(Stdio::null())

@@ -38,10 +38,11 @@ use super::{
 };
 
 /// What every proxy of the suite is configured with, unless the test says otherwise.
-const KNOBS: [(&str, &str); 4] = [
+const KNOBS: [(&str, &str); 5] = [
     ("PROXY_PORT", "0"),
     ("PROXY_BIND", "127.0.0.1"),
     ("PROXY_DRAIN_TIMEOUT", "5s"),
+    ("PROXY_SETTLE", "1s"),
     // No test may depend on a refresh that happens to come by; those that need one ask for it.
     ("PROXY_MODELS_REFRESH", "1h"),
 ];
