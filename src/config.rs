@@ -12,6 +12,7 @@ use http::Uri;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use self::otlp::OtlpSettings;
+use crate::foreign::FOREVER;
 
 /// One environment variable: its name, its default as a user would write it, and what it does.
 #[derive(Debug, Clone, Copy)]
@@ -430,7 +431,7 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
         _ => return None,
     };
     let seconds = number.parse::<f64>().ok()? * seconds_per_unit;
-    (seconds <= 315_360_000.0).then(|| Duration::try_from_secs_f64(seconds).ok())?
+    Duration::try_from_secs_f64(seconds).ok().filter(|duration| *duration <= FOREVER)
 }
 
 fn parse_duration_or_off(text: &str) -> Option<Option<Duration>> {

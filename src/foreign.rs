@@ -1,9 +1,19 @@
-//! Text that others chose, on its way to people: how much of it is shown, and what would have it read as something else.
+//! Text and times that others chose: how much of a text is shown, what would have it read as something else, and how long
+//! a time may be.
 //!
 //! What containers say of themselves ends in logs, on terminals and in labels of metrics. Whoever accepts such text
 //! bounds it and refuses or escapes what misleads; what it means is not known here.
 
-use std::ops::RangeInclusive;
+use std::{ops::RangeInclusive, time::Duration};
+
+/// The longest time that is accepted from outside: ten years. A longer one means "for ever" just as well, and a sum of
+/// "now" and this one cannot overflow.
+pub const FOREVER: Duration = Duration::from_secs(315_360_000);
+
+/// A time in seconds as another program gives it: negative means for ever, and nothing is longer than [`FOREVER`].
+pub fn seconds(seconds: i64) -> Duration {
+    u64::try_from(seconds).map_or(FOREVER, |seconds| Duration::from_secs(seconds).min(FOREVER))
+}
 
 /// So many of many names are named.
 const NAMED_MAX: usize = 5;
@@ -107,6 +117,17 @@ mod tests {
             assert_eq!(cut(text.to_owned(), bytes_max), expected, "{text} in {bytes_max}");
         }
         assert_eq!((shown("abc", 3), shown("abcd", 3)), ("abc".to_owned(), "abc…".to_owned()));
+    }
+
+    #[test]
+    fn no_time_is_longer_than_for_ever() {
+        for (given, taken_s) in [(0, 0), (10, 10), (315_360_000, 315_360_000), (315_360_001, 315_360_000)] {
+            assert_eq!(seconds(given), Duration::from_secs(taken_s), "{given}");
+        }
+        for given in [-1, i64::MIN, i64::MAX] {
+            assert_eq!(seconds(given), FOREVER, "{given}");
+        }
+        assert!(tokio::time::Instant::now().checked_add(FOREVER * 4).is_some());
     }
 
     #[test]

@@ -79,7 +79,8 @@
 //!                                        discovery::{network, signal, vantage}
 //! telemetry
 //! scan, labels, http1, latency
-//! config, error, foreign
+//! config, error
+//! foreign
 //! ```
 //!
 //! Where later parts go: another orchestrator is another [`discovery::Discovery`]; what a policy must know of a backend's

@@ -23,7 +23,7 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::discovery::Obstacle;
+use crate::{discovery::Obstacle, foreign::FOREVER};
 
 /// How often in a row a ready backend may refuse to answer its probe before it is not ready any more. A probe that times
 /// out does not count: busy servers do that.
@@ -36,6 +36,8 @@ pub enum Unfit {
     HealthStarting,
     /// Its health check says no.
     HealthFailing,
+    /// Its health check says no, and has not said yes since it was started.
+    HealthNeverPassed,
     /// It has no health check, and the proxy requires one.
     NoHealthCheck,
     /// It is paused.
@@ -57,7 +59,7 @@ impl Unfit {
     pub fn summary(&self) -> &'static str {
         match self {
             Unfit::HealthStarting => "it is starting",
-            Unfit::HealthFailing => "it is unhealthy",
+            Unfit::HealthFailing | Unfit::HealthNeverPassed => "it is unhealthy",
             Unfit::Paused => "it is paused",
             Unfit::Restarting => "it is restarting",
             Unfit::NotAnswering => "it does not answer",
@@ -75,7 +77,7 @@ impl Unfit {
                 "wait while it loads; if that takes too long, see what its check says: \
                  docker inspect -f '{{{{json .State.Health}}}}' {container}"
             ),
-            Unfit::HealthFailing => format!(
+            Unfit::HealthFailing | Unfit::HealthNeverPassed => format!(
                 "see what its check says: docker inspect -f '{{{{json .State.Health}}}}' {container} \
                  (a common cause: the check calls curl, and the image has none)"
             ),
@@ -97,6 +99,9 @@ impl fmt::Display for Unfit {
         f.write_str(match self {
             Unfit::HealthStarting => "Docker still calls it starting: its health check has not passed yet",
             Unfit::HealthFailing => "Docker calls it unhealthy: its health check fails",
+            Unfit::HealthNeverPassed => {
+                "Docker calls it unhealthy: its health check has not passed since it was started"
+            }
             Unfit::NoHealthCheck => "it has no HEALTHCHECK, and PROXY_REQUIRE_HEALTHCHECK=true demands one",
             Unfit::Paused => "it is paused",
             Unfit::Restarting => "its process has ended, and Docker is about to restart it",
@@ -199,7 +204,8 @@ impl Lifecycle {
             Ok(()) => (State::Probing, vec![Effect::StartProbing]),
             Err(why) => (State::Discovered(why.clone()), Vec::new()),
         };
-        (Lifecycle { state, seen, misses: 0, drain_timeout }, effects)
+        // Sums of times and "now" must not overflow.
+        (Lifecycle { state, seen, misses: 0, drain_timeout: drain_timeout.min(FOREVER) }, effects)
     }
 
     /// Where it is.
@@ -207,9 +213,16 @@ impl Lifecycle {
         &self.state
     }
 
-    /// It is starting, and will be ready if all goes well: worth waiting for.
+    /// It is starting, and will be ready if all goes well: worth waiting for. A check that has never passed may only have
+    /// too little patience with a model that is still loading.
     pub fn is_coming(&self) -> bool {
-        matches!(self.state, State::Probing | State::Discovered(Unfit::HealthStarting | Unfit::Restarting))
+        match &self.state {
+            State::Probing => true,
+            State::Discovered(why) | State::Unhealthy { why, .. } => {
+                matches!(why, Unfit::HealthStarting | Unfit::HealthNeverPassed | Unfit::Restarting)
+            }
+            State::Ready | State::Draining { .. } | State::Gone => false,
+        }
     }
 
     /// When [`Event::Deadline`] is due.
@@ -253,7 +266,7 @@ impl Lifecycle {
             }
             (_, Event::StopNotice { grace }) => {
                 let cut_at = now + self.drain_timeout;
-                let grace_ends = now + self.drain_timeout.max(grace);
+                let grace_ends = now + self.drain_timeout.max(grace).min(FOREVER);
                 self.state = State::Draining { cut_at: Some(cut_at), grace_ends };
                 vec![Close, StopProbing]
             }
@@ -517,6 +530,46 @@ mod tests {
         run.at(5, UNHEALTHY);
         assert_eq!(run.at(30, Event::Deadline), [Cut]);
         assert_eq!(run.life.state(), &State::Discovered(Unfit::HealthFailing));
+    }
+
+    #[test]
+    fn no_grace_is_too_long_to_be_waited_for() {
+        for grace in [FOREVER, FOREVER * 2, Duration::from_secs(i64::MAX as u64), Duration::MAX] {
+            for drain_timeout in [DRAIN, Duration::MAX] {
+                let (mut life, _) = Lifecycle::found(Ok(()), drain_timeout);
+                let now = Instant::now();
+                life.on(Event::ProbeOk, now);
+                assert_eq!(life.on(Event::StopNotice { grace }, now), [Close, StopProbing]);
+                let first = life.deadline().unwrap();
+                assert_eq!(first, now + drain_timeout.min(FOREVER), "{grace:?}");
+                assert_eq!(life.on(Event::Deadline, first)[0], Cut);
+                let (mut life, _) = Lifecycle::found(Ok(()), drain_timeout);
+                life.on(Event::ProbeOk, now);
+                life.on(UNHEALTHY, now);
+                assert!(life.deadline().is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn what_may_still_be_loading_is_worth_waiting_for() {
+        for (why, is_coming) in [
+            (Unfit::HealthStarting, true),
+            (Unfit::HealthNeverPassed, true),
+            (Unfit::Restarting, true),
+            (Unfit::HealthFailing, false),
+            (Unfit::NoHealthCheck, false),
+            (Unfit::Paused, false),
+            (Unfit::Detached, false),
+            (Unfit::Unreachable(obstacle("x")), false),
+        ] {
+            let mut run = Run::found(Err(why.clone()));
+            assert_eq!(run.life.is_coming(), is_coming, "{why:?}");
+            // The same for one that had been fit to be probed before.
+            run.on(OK);
+            run.on(Event::Seen(Err(why.clone())));
+            assert_eq!(run.life.is_coming(), is_coming, "{why:?}");
+        }
     }
 
     #[test]

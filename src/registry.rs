@@ -3,6 +3,8 @@
 //! It owns one [`Lifecycle`] per container and carries out its effects. Nothing else mutates the world, so nothing here
 //! needs a lock; requests see its work only through the table and through the gates of backends.
 
+mod verdict;
+
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{
@@ -20,11 +22,12 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
+use self::verdict::{News, Verdict};
 use crate::{
     backend::{Backend, BackendSpec, Member, Model},
     breaker,
     config::{Config, SameModel},
-    discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Health, Phase},
+    discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Phase},
     foreign::few,
     labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
@@ -93,6 +96,8 @@ pub struct Registry {
 #[derive(Debug)]
 struct Entry {
     endpoint: Endpoint,
+    /// What its health check says of this run, all in all.
+    verdict: Verdict,
     life: Lifecycle,
     since: OffsetDateTime,
     probe: Option<ProbeHandle>,
@@ -272,6 +277,10 @@ impl Registry {
                     tracing.happened("discovery.lost", || vec![("reason", error.to_string())]);
                 }
                 self.see(false);
+                for entry in self.entries.values_mut() {
+                    // An engine that is away checks nothing.
+                    entry.verdict.interrupted();
+                }
                 self.discovery.settles_at = None;
                 self.discovery.error = Some(error);
             }
@@ -310,18 +319,24 @@ impl Registry {
 
     fn on_upsert(&mut self, endpoint: Endpoint) {
         let id = endpoint.id.clone();
-        match self.entries.get(&id).map(|entry| entry.endpoint.incarnation.cmp(&endpoint.incarnation)) {
-            Some(std::cmp::Ordering::Greater) => return, // seen before the run that is known
-            Some(std::cmp::Ordering::Less) => self.on_event(&id, Event::Ended),
-            Some(std::cmp::Ordering::Equal) | None => {}
+        // Sources report in the order in which they saw, so another run is a later one, whatever its time says: clocks are
+        // put back.
+        if self.entries.get(&id).is_some_and(|entry| entry.endpoint.incarnation != endpoint.incarnation) {
+            self.on_event(&id, Event::Ended);
         }
         if endpoint.phase == Phase::Stopped {
             return self.on_event(&id, Event::Ended);
         }
-        let fitness = self.fitness(&endpoint);
+        let is_required = self.config.require_healthcheck;
         let Some(entry) = self.entries.get_mut(&id) else {
-            return self.on_found(endpoint, fitness);
+            return self.on_found(endpoint);
         };
+        let news = entry.verdict.look(endpoint.health, endpoint.health_check, Instant::now());
+        if endpoint.phase != Phase::Running {
+            entry.verdict.interrupted();
+        }
+        report_health(&mut self.events, &endpoint.name, news);
+        let fitness = fitness(&endpoint, &entry.verdict, is_required);
         if entry.endpoint.problems != endpoint.problems {
             report_problems(&mut self.events, &endpoint);
         }
@@ -340,12 +355,16 @@ impl Registry {
         self.on_event(&id, Event::Seen(fitness));
     }
 
-    fn on_found(&mut self, endpoint: Endpoint, fitness: Result<(), Unfit>) {
+    fn on_found(&mut self, endpoint: Endpoint) {
         report_problems(&mut self.events, &endpoint);
         let id = endpoint.id.clone();
+        let (verdict, news) = Verdict::first(endpoint.health, endpoint.health_check, Instant::now());
+        report_health(&mut self.events, &endpoint.name, news);
+        let fitness = fitness(&endpoint, &verdict, self.config.require_healthcheck);
         let (life, effects) = Lifecycle::found(fitness, self.config.drain_timeout);
         let entry = Entry {
             endpoint,
+            verdict,
             life,
             since: OffsetDateTime::now_utc(),
             probe: None,
@@ -371,6 +390,9 @@ impl Registry {
         let was_stopped_first = entry.is_stopped_first();
         let effects = entry.life.on(event, Instant::now());
         if *entry.life.state() != before {
+            if *entry.life.state() == State::Ready {
+                entry.verdict.was_ready();
+            }
             if was_stopped_first && !entry.life.is_coming() {
                 self.expected.insert(entry.endpoint.role.clone(), Instant::now() + REPLACED_WITHIN);
             }
@@ -444,6 +466,7 @@ impl Registry {
         for id in ids {
             self.on_event(&id, Event::Deadline);
         }
+        self.look_at_overdue(now);
         if self.discovery.settles_at.is_some_and(|at| at <= now) {
             self.discovery.settles_at = None;
             self.discovery.error = None;
@@ -460,6 +483,19 @@ impl Registry {
         // A model whose grace is over goes with the next table.
         let grace = self.config.model_grace;
         self.dirty |= self.models.values().any(|known| known.gone_at.is_some_and(|gone| gone + grace <= now));
+    }
+
+    /// Health checks that keep a container out, and that should have said something by now: a look tells whether they have.
+    fn look_at_overdue(&mut self, now: Instant) {
+        for (id, entry) in &mut self.entries {
+            if entry.verdict.due_at().is_some_and(|at| at <= now) {
+                entry.verdict.asked();
+                if let Some(looks) = &self.looks {
+                    // If the queue is full, discovery looks at it with all others.
+                    let _ = looks.try_send(id.clone());
+                }
+            }
+        }
     }
 
     fn on_miss(&mut self) {
@@ -558,10 +594,10 @@ impl Registry {
         entry.probe = Some(handle);
         entry.answered_at = None;
         let labels = &entry.endpoint.labels;
-        let health = match (&labels.health_path, entry.endpoint.health) {
-            (Some(path), _) => HealthPath::Required(path.clone()),
-            (None, Health::None) => HealthPath::Usual,
-            (None, _) => HealthPath::None,
+        let health = match &labels.health_path {
+            Some(path) => HealthPath::Required(path.clone()),
+            None if entry.verdict.is_own() => HealthPath::Usual,
+            None => HealthPath::None,
         };
         let target = Target {
             id: id.clone(),
@@ -717,7 +753,7 @@ impl Registry {
 
     fn next_deadline(&self) -> Option<Instant> {
         let grace = self.config.model_grace;
-        let lives = self.entries.values().filter_map(|entry| entry.life.deadline());
+        let lives = self.entries.values().flat_map(|entry| [entry.life.deadline(), entry.verdict.due_at()]).flatten();
         let graces = self.models.values().filter_map(|known| Some(known.gone_at? + grace));
         let first_round = match &self.first_round {
             FirstRound::Probing { until, .. } => Some(*until),
@@ -737,27 +773,6 @@ impl Registry {
         for state in STATES {
             let count = self.entries.values().filter(|entry| state_name(entry.life.state()) == *state).count();
             self.metrics.backends.set(state, count as u64);
-        }
-    }
-
-    fn fitness(&self, endpoint: &Endpoint) -> Result<(), Unfit> {
-        if let Some(why) = &endpoint.excluded {
-            return Err(Unfit::Excluded(why.clone()));
-        }
-        match endpoint.phase {
-            Phase::Running | Phase::Stopped => {}
-            Phase::Paused => return Err(Unfit::Paused),
-            Phase::Restarting => return Err(Unfit::Restarting),
-        }
-        match endpoint.health {
-            Health::Starting => return Err(Unfit::HealthStarting),
-            Health::Unhealthy => return Err(Unfit::HealthFailing),
-            Health::None if self.config.require_healthcheck => return Err(Unfit::NoHealthCheck),
-            Health::None | Health::Healthy => {}
-        }
-        match &endpoint.reach {
-            Err(why) => Err(Unfit::Unreachable(why.clone())),
-            Ok(_) => Ok(()),
         }
     }
 
@@ -838,6 +853,23 @@ fn surplus(models: &mut HashMap<Box<str>, KnownModel>) -> Vec<Arc<Model>> {
         ids.extend(of_one.drain(GONE_MAX..).map(|(_, id)| id.into()));
     }
     ids.iter().filter_map(|id| models.remove(id)).map(|known| known.model).collect()
+}
+
+/// Whether a container may be probed, as it was seen last. `is_required`: it must have a health check.
+fn fitness(endpoint: &Endpoint, verdict: &Verdict, is_required: bool) -> Result<(), Unfit> {
+    if let Some(why) = &endpoint.excluded {
+        return Err(Unfit::Excluded(why.clone()));
+    }
+    match endpoint.phase {
+        Phase::Running | Phase::Stopped => {}
+        Phase::Paused => return Err(Unfit::Paused),
+        Phase::Restarting => return Err(Unfit::Restarting),
+    }
+    verdict.fitness(is_required)?;
+    match &endpoint.reach {
+        Err(why) => Err(Unfit::Unreachable(why.clone())),
+        Ok(_) => Ok(()),
+    }
 }
 
 // === impl KnownModel ===
@@ -921,6 +953,15 @@ impl Entry {
         }
     }
 
+    /// What is odd about it, whether it is routed or not.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.endpoint.problems.clone();
+        if self.verdict.is_overdue() {
+            problems.push(format!("{OVERDUE}; {}", overdue_advice(&self.endpoint.name)));
+        }
+        problems
+    }
+
     fn status(&self, now: Instant, at: OffsetDateTime) -> ContainerStatus {
         let (reason, advice) = self.explained();
         let reach = self.endpoint.reach.as_ref().ok();
@@ -954,7 +995,7 @@ impl Entry {
             failed: tally.map_or(0, Tally::failed),
             turned_away: tally.map_or(0, Tally::turned_away),
             last_error: last_error.map(|(at, text)| LastError { at: rfc3339(at), text }),
-            problems: self.endpoint.problems.clone(),
+            problems: self.problems(),
         }
     }
 }
@@ -1030,6 +1071,26 @@ fn report_problems(events: &mut Events, endpoint: &Endpoint) {
     for problem in &endpoint.problems {
         tell(events, Loud::Warning, Kind::Label, &endpoint.name, format!("has a label that is wrong: {problem}"), None);
     }
+}
+
+const OVERDUE: &str = "its health check is overdue: what it said last is not believed, the proxy's own probe decides";
+
+fn overdue_advice(container: &str) -> String {
+    format!("see whether it hangs: docker inspect -f '{{{{json .State.Health}}}}' {container}")
+}
+
+fn report_health(events: &mut Events, container: &str, news: Option<News>) {
+    let advice = overdue_advice(container);
+    let (loud, text, advice) = match news {
+        None => return,
+        Some(News::UnknownWord) => {
+            let text = "has a health that this proxy has no word for: its own probe, or the last verdict, decides";
+            (Loud::Info, text.to_owned(), None)
+        }
+        Some(News::Overdue) => (Loud::Warning, format!("is not checked any more: {OVERDUE}"), Some(&*advice)),
+        Some(News::ChecksAgain) => (Loud::Info, "is checked again: its health check counts".to_owned(), None),
+    };
+    tell(events, loud, Kind::HealthCheck, container, text, advice);
 }
 
 /// One line per change, for people.

@@ -6,8 +6,13 @@ use std::{net::SocketAddr, time::Duration};
 use futures::{StreamExt as _, stream::BoxStream};
 use tokio::sync::mpsc;
 
-use super::{Change, Discovery, DiscoveryError, Endpoint, Health, Incarnation, Looks, Phase, network::Reach};
-use crate::labels::{self, LabelSpec};
+use super::{
+    Change, Discovery, DiscoveryError, Endpoint, Health, HealthCheck, Incarnation, Looks, Phase, network::Reach,
+};
+use crate::{
+    foreign::FOREVER,
+    labels::{self, LabelSpec},
+};
 
 /// A discovery that reports what its handle is told.
 #[derive(Debug)]
@@ -45,6 +50,8 @@ pub fn endpoint(name: &str, addr: SocketAddr) -> EndpointBuilder {
         incarnation: Incarnation(1),
         phase: Phase::Running,
         health: Health::None,
+        // What is reported by hand stands until something else is.
+        health_check: HealthCheck { overdue_after: FOREVER, mark: 0 },
         reach: Ok(Reach { targets: vec![addr], network: None }),
         labels: LabelSpec::default(),
         problems: Vec::new(),
@@ -87,6 +94,20 @@ impl EndpointBuilder {
     #[must_use]
     pub fn health(mut self, health: Health) -> Self {
         self.endpoint.health = health;
+        self
+    }
+
+    /// Sets how the health check goes on.
+    #[must_use]
+    pub fn health_check(mut self, check: HealthCheck) -> Self {
+        self.endpoint.health_check = check;
+        self
+    }
+
+    /// Sets how long it gets to stop.
+    #[must_use]
+    pub fn stop_grace(mut self, grace: Duration) -> Self {
+        self.endpoint.stop_grace = grace;
         self
     }
 

@@ -14,14 +14,16 @@ use std::{sync::Arc, time::Duration};
 use futures::stream::BoxStream;
 use tokio::sync::mpsc;
 
-use crate::{discovery::network::Reach, labels::LabelSpec, telemetry::metrics::Metrics};
+use crate::{discovery::network::Reach, foreign::FOREVER, labels::LabelSpec, telemetry::metrics::Metrics};
 
 /// Identity of an endpoint in its source; a container id for Docker.
 pub type EndpointId = Arc<str>;
 
-/// One start of one endpoint: when it was started, in nanoseconds since 1970. The same container comes back under the
-/// same id with another address; everything learnt about it belongs to one incarnation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// One start of one endpoint, told from others by when it was started. The same container comes back under the same id
+/// with another address; everything learnt about it belongs to one incarnation.
+///
+/// Two of them are the same or they are not. They have no order, because the clock that dates them may be put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Incarnation(pub i64);
 
 /// Whether the process of an endpoint runs.
@@ -42,12 +44,41 @@ pub enum Phase {
 pub enum Health {
     /// There is no check.
     None,
+    /// There is a check, and what it says is not understood.
+    Unknown,
     /// No verdict yet.
     Starting,
     /// Fine.
     Healthy,
     /// Not fine.
     Unhealthy,
+}
+
+/// How the orchestrator's health check goes on, whatever it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The longest time in which a check that works must have ended.
+    pub overdue_after: Duration,
+    /// Another number after each check that has ended; its value means nothing.
+    pub mark: u64,
+}
+
+// === impl HealthCheck ===
+
+impl HealthCheck {
+    /// Checks that run each `interval` for `timeout` at most and begin after `start_period`. [`HealthCheck::mark`] is that
+    /// of a check that has not ended yet.
+    pub fn every(interval: Duration, timeout: Duration, start_period: Duration) -> HealthCheck {
+        let sum = interval.saturating_mul(2).saturating_add(timeout).saturating_add(start_period);
+        HealthCheck { overdue_after: sum.min(FOREVER), mark: 0 }
+    }
+}
+
+impl Default for HealthCheck {
+    /// As Docker checks where the image does not say.
+    fn default() -> HealthCheck {
+        HealthCheck::every(Duration::from_secs(30), Duration::from_secs(30), Duration::ZERO)
+    }
 }
 
 /// What a source sees of one endpoint.
@@ -69,6 +100,8 @@ pub struct Endpoint {
     pub phase: Phase,
     /// Verdict of its own health check.
     pub health: Health,
+    /// How that check goes on.
+    pub health_check: HealthCheck,
     /// Where it can be reached, or why it cannot.
     pub reach: Result<Reach, Obstacle>,
     /// What its labels ask for.

@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     backend::Refused,
     discovery::{
-        Incarnation,
+        Health, HealthCheck, Incarnation,
         fixed::{self, EndpointBuilder, FixedHandle},
     },
     fetch::FetchError,
@@ -186,9 +186,8 @@ async fn answers_about_what_has_been_change_nothing() {
     bench.change(upsert(container("a").incarnation(2)));
     bench.answer_to("a", first_run, &["old"]);
     assert_eq!(bench.table(), [""; 0]);
-    bench.change(upsert(container("a").incarnation(1).health(Health::Unhealthy)));
     bench.answer("a", &["m"]);
-    assert_eq!(bench.table(), ["m: a"], "a late look at the earlier run is not news");
+    assert_eq!(bench.table(), ["m: a"]);
 
     // The same run, an earlier probing of it.
     let tag = bench.tag("a");
@@ -205,6 +204,150 @@ async fn answers_about_what_has_been_change_nothing() {
     bench.change(Change::Stopping("a".into()));
     bench.answer_to("a", tag, &["m"]);
     assert_eq!((bench.table(), bench.why_not_ready("m")), (vec!["m: -".to_owned()], "it is stopping"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_start_is_another_run_whatever_the_clock_said() {
+    const HOUR: i64 = 3_600_000_000_000;
+    let now = i64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos()).unwrap();
+    for (before, after) in [(now + 2 * HOUR, now), (now + 5_000_000_000, now), (now, now + 1), (now, 0), (-7, -8)] {
+        let mut bench = bench(|_| {});
+        bench.change(upsert(container("a").incarnation(before)));
+        bench.answer("a", &["m"]);
+        let old = bench.member("m");
+        let moved = SocketAddr::from(([127, 0, 0, 1], 10));
+        bench.change(upsert(fixed::endpoint("a", moved).incarnation(after)));
+        assert!(old.backend.is_closed(), "{before}, then {after}: its address may be another container's by now");
+        assert_eq!(bench.table(), ["m: -"]);
+        bench.answer("a", &["m"]);
+        assert_eq!(bench.member("m").backend.spec.addr, moved);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_of_the_engine_takes_no_backend_out() {
+    for required in [false, true] {
+        for word in [Health::Starting, Health::None, Health::Unknown] {
+            let mut bench = bench(|config| config.require_healthcheck = required);
+            let seen = |health: Health, mark: u64| {
+                let s = Duration::from_secs;
+                let check = HealthCheck { mark, ..HealthCheck::every(s(20), s(5), s(0)) };
+                container("a").health(health).health_check(check)
+            };
+            bench.change(Change::Reset(vec![seen(Health::Starting, 0).into()]));
+            bench.change(upsert(seen(Health::Healthy, 1)));
+            bench.answer("a", &["m"]);
+            let member = bench.member("m");
+            let request = member.try_acquire(Instant::now()).unwrap();
+            // The engine is away, and comes back.
+            let away = DiscoveryError { what: "the engine is away".to_owned(), advice: "wait".to_owned() };
+            bench.registry.on_change(Err(away));
+            bench.pass(Duration::from_secs(600)).await;
+            bench.change(Change::Reset(vec![seen(word, 1).into()]));
+            bench.change(upsert(seen(word, 1)));
+            assert_eq!(bench.table(), ["m: a"], "{word:?}");
+            bench.pass(Duration::from_secs(20)).await;
+            bench.change(upsert(seen(Health::Healthy, 2)));
+            bench.pass(Duration::from_secs(3_600)).await;
+            assert!(Arc::ptr_eq(&member, &bench.member("m")) && !member.backend.is_closed(), "{word:?}");
+            drop(request);
+            assert!(bench.told(Kind::HealthCheck).iter().all(|told| !told.contains("overdue")));
+            // What it says after that counts.
+            bench.change(upsert(seen(Health::Unhealthy, 3)));
+            assert_eq!(bench.why_not_ready("m"), "it is unhealthy");
+            bench.change(upsert(seen(word, 3)));
+            assert_eq!(bench.why_not_ready("m"), "it is unhealthy", "{word:?} is no news");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_health_check_that_is_frozen_is_looked_at_in_time_and_replaced() {
+    for word in [Health::Starting, Health::Unhealthy] {
+        let mut bench = bench(|config| config.require_healthcheck = true);
+        let (looks, mut looked) = mpsc::channel(8);
+        bench.registry.looks = Some(looks);
+        let s = Duration::from_secs;
+        let seen = |health: Health, mark: u64| {
+            container("a").health(health).health_check(HealthCheck { mark, ..HealthCheck::every(s(10), s(5), s(60)) })
+        };
+        bench.change(upsert(seen(word, 1)));
+        assert!(bench.registry.entries["a"].probe.is_none());
+        assert_eq!(bench.registry.next_deadline(), Some(Instant::now() + s(85)));
+        bench.pass(s(84)).await;
+        assert!(looked.try_recv().is_err());
+        bench.pass(s(1)).await;
+        assert_eq!(&*looked.try_recv().unwrap(), "a");
+        assert_eq!(bench.registry.next_deadline(), None, "it is asked for once");
+        bench.change(upsert(seen(word, 1)));
+        let told = bench.told(Kind::HealthCheck);
+        assert!(told.len() == 1 && told[0].contains("overdue"), "{told:?}");
+        let status = bench.registry.status().containers.remove(0);
+        assert!(status.problems.iter().any(|problem| problem.contains("docker inspect")), "{:?}", status.problems);
+        bench.answer("a", &["m"]);
+        assert_eq!(bench.table(), ["m: a"], "its own answer has made it ready");
+        bench.change(upsert(seen(word, 1)));
+        assert_eq!((bench.table(), bench.told(Kind::HealthCheck).len()), (vec!["m: a".to_owned()], 1));
+        bench.change(upsert(seen(Health::Unhealthy, 2)));
+        assert_eq!(bench.table(), ["m: -"], "a check that goes on counts again");
+        assert_eq!(bench.told(Kind::HealthCheck).len(), 2);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn words_for_health_that_are_not_known_leave_it_to_the_probe() {
+    let mut bench = bench(|config| config.require_healthcheck = true);
+    bench.change(upsert(container("a").health(Health::Unknown)));
+    assert_eq!(bench.told(Kind::HealthCheck).len(), 1, "and it is said");
+    bench.answer("a", &["m"]);
+    assert_eq!(bench.table(), ["m: a"]);
+    bench.change(upsert(container("a").health(Health::Starting)));
+    assert_eq!(bench.table(), ["m: a"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_has_never_been_well_is_waited_for_whatever_its_check_says() {
+    let is_coming = |bench: &Bench| match bench.reader.snapshot().lookup("m") {
+        Lookup::NoneReady(route) => route.is_coming,
+        other => panic!("m must be known and not ready, not {other:?}"),
+    };
+    let mut bench = bench(|_| {});
+    bench.change(upsert(container("a").health(Health::Healthy)));
+    bench.answer("a", &["m"]);
+    bench.change(upsert(container("a").health(Health::Unhealthy)));
+    assert!(!is_coming(&bench), "it has been well");
+    // The next run takes longer to load than its check has patience.
+    for first in [Health::Starting, Health::Unhealthy] {
+        bench.change(Change::Ended("a".into()));
+        bench.change(upsert(container("a").incarnation(2).health(first)));
+        bench.change(upsert(container("a").incarnation(2).health(Health::Unhealthy)));
+        bench.pass(REPLACED_WITHIN * 2).await;
+        assert!(is_coming(&bench));
+    }
+    bench.change(upsert(container("a").incarnation(2).health(Health::Healthy)));
+    assert!(is_coming(&bench));
+    bench.answer("a", &["m"]);
+    assert_eq!(bench.table(), ["m: a"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grace_without_end_stops_nothing_else() {
+    for grace in [Duration::MAX, Duration::from_secs(i64::MAX as u64), crate::foreign::FOREVER] {
+        let mut bench = bench(|_| {});
+        for name in ["a", "b"] {
+            bench.change(upsert(container(name).stop_grace(grace)));
+            bench.answer(name, &["m"]);
+        }
+        bench.change(Change::Stopping("a".into()));
+        assert_eq!(bench.table(), ["m: b"]);
+        bench.pass(Duration::from_secs(86_400)).await;
+        assert_eq!(
+            (bench.table(), state_name(bench.registry.entries["a"].life.state())),
+            (vec!["m: b".to_owned()], "draining")
+        );
+        bench.change(Change::Ended("a".into()));
+        assert_eq!(bench.table(), ["m: b"]);
+    }
 }
 
 #[tokio::test(start_paused = true)]

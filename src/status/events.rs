@@ -31,6 +31,8 @@ pub enum Kind {
     Draining,
     /// A container has ended.
     Gone,
+    /// Its health check does not go on, goes on again, or says something unknown.
+    HealthCheck,
     /// Something in a container ran out of memory.
     OutOfMemory,
     /// A label was not understood.
@@ -59,6 +61,7 @@ impl Kind {
             Kind::Unhealthy => "unhealthy",
             Kind::Draining => "draining",
             Kind::Gone => "gone",
+            Kind::HealthCheck => "health_check",
             Kind::OutOfMemory => "out_of_memory",
             Kind::Label => "label",
             Kind::Differs => "differs",

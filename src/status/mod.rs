@@ -124,7 +124,7 @@ pub struct ContainerStatus {
     pub turned_away: u64,
     /// What went wrong last, with a probe or with a request.
     pub last_error: Option<LastError>,
-    /// Labels that were not understood.
+    /// Labels that were not understood, and a health check that is overdue.
     pub problems: Vec<String>,
 }
 

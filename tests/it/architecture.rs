@@ -23,7 +23,8 @@ const LAYERS: &[&[&str]] = &[
     &["discovery::network", "discovery::signal", "discovery::vantage"],
     &["telemetry"],
     &["scan", "labels", "http1", "latency"],
-    &["config", "error", "foreign"],
+    &["config", "error"],
+    &["foreign"],
 ];
 
 /// Files in which decisions are made: state, input and time come in as arguments.
@@ -50,6 +51,7 @@ const PURE: &[&str] = &[
     "proxy/headers.rs",
     "proxy/paths.rs",
     "proxy/routes.rs",
+    "registry/verdict.rs",
     "replay.rs",
     "scan/json.rs",
     "scan/mod.rs",

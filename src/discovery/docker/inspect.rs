@@ -2,19 +2,27 @@
 //!
 //! Everything else, the container's environment above all, is dropped where it is read.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher as _},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, HealthStatusEnum, PortBinding,
+    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, Health as HealthState, HealthConfig,
+    PortBinding,
 };
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     discovery::{
-        Endpoint, Health, Incarnation, Obstacle, Phase,
+        Endpoint, Health, HealthCheck, Incarnation, Obstacle, Phase,
         network::{self, Attachment, NetworkMode, Published, Vantage, Wiring},
         signal::parse_signal,
     },
+    foreign,
     labels::{self, Opted},
 };
 
@@ -31,6 +39,7 @@ pub(super) struct Inspected {
     pub(super) started_nanos: i64,
     pub(super) phase: Phase,
     pub(super) health: Health,
+    pub(super) health_check: HealthCheck,
     pub(super) labels: HashMap<String, String>,
     pub(super) stop_signal: u8,
     stop_grace: Duration,
@@ -62,12 +71,8 @@ impl Inspected {
             Some(ContainerStateStatusEnum::RESTARTING) => Phase::Restarting,
             _ => Phase::Stopped,
         };
-        let health = match state.health.and_then(|health| health.status) {
-            Some(HealthStatusEnum::HEALTHY) => Health::Healthy,
-            Some(HealthStatusEnum::UNHEALTHY) => Health::Unhealthy,
-            Some(HealthStatusEnum::STARTING) => Health::Starting,
-            Some(HealthStatusEnum::NONE | HealthStatusEnum::EMPTY) | None => Health::None,
-        };
+        let health = verdict(state.health.as_ref().and_then(|health| health.status).as_ref().map(AsRef::as_ref));
+        let health_check = health_check(config.healthcheck.as_ref(), state.health.as_ref());
         let mode = match answer.host_config.and_then(|host| host.network_mode).as_deref() {
             Some("host") => NetworkMode::Host,
             Some("none") => NetworkMode::None,
@@ -88,14 +93,12 @@ impl Inspected {
             id: answer.id?,
             name: answer.name.unwrap_or_default().trim_start_matches('/').to_owned(),
             image: config.image.or(answer.image).unwrap_or_default(),
-            started_nanos: state.started_at.as_deref().map_or(0, nanos),
+            started_nanos: state.started_at.as_deref().map_or(0, run),
             phase,
             health,
+            health_check,
             stop_signal: config.stop_signal.as_deref().and_then(parse_signal).unwrap_or(SIGTERM),
-            stop_grace: config
-                .stop_timeout
-                .and_then(|seconds| u64::try_from(seconds).ok())
-                .map_or(STOP_GRACE, Duration::from_secs),
+            stop_grace: config.stop_timeout.map_or(STOP_GRACE, foreign::seconds),
             wiring: Wiring {
                 mode,
                 attachments,
@@ -182,6 +185,7 @@ impl Inspected {
             incarnation: Incarnation(self.started_nanos),
             phase: self.phase,
             health: self.health,
+            health_check: self.health_check,
             reach,
             problems,
             labels: labels.spec,
@@ -238,10 +242,57 @@ fn tcp_port(text: &str) -> Option<u16> {
     }
 }
 
-/// RFC 3339, as engines write it, in nanoseconds since 1970; 0 for what is not a time or long before.
-pub(super) fn nanos(text: &str) -> i64 {
-    let nanos = OffsetDateTime::parse(text, &Rfc3339).map_or(0, OffsetDateTime::unix_timestamp_nanos);
-    i64::try_from(nanos.max(0)).unwrap_or(0)
+/// What the word for a container's health means. Engines without a check say nothing, `none` or an empty word.
+fn verdict(word: Option<&str>) -> Health {
+    match word.map(str::trim) {
+        None | Some("" | "none") => Health::None,
+        Some("starting") => Health::Starting,
+        Some("healthy") => Health::Healthy,
+        Some("unhealthy") => Health::Unhealthy,
+        Some(_) => Health::Unknown,
+    }
+}
+
+/// How the health check goes on. Zero means the engine's default, as does what is no time.
+fn health_check(config: Option<&HealthConfig>, state: Option<&HealthState>) -> HealthCheck {
+    const INTERVAL: Duration = Duration::from_secs(30);
+    const TIMEOUT: Duration = Duration::from_secs(30);
+    let time = |nanos: Option<i64>, default: Duration| {
+        let nanos = nanos.and_then(|nanos| u64::try_from(nanos).ok()).filter(|nanos| *nanos > 0);
+        nanos.map_or(default, Duration::from_nanos)
+    };
+    let check = HealthCheck::every(
+        time(config.and_then(|config| config.interval), INTERVAL),
+        time(config.and_then(|config| config.timeout), TIMEOUT),
+        time(config.and_then(|config| config.start_period), Duration::ZERO),
+    );
+    let mut hasher = DefaultHasher::new();
+    if let Some(state) = state {
+        let log = state.log.as_deref().unwrap_or_default();
+        let last = log.last().map(|last| (&last.start, &last.end, last.exit_code));
+        (state.status.as_ref().map(AsRef::<str>::as_ref), state.failing_streak, log.len(), last).hash(&mut hasher);
+    }
+    HealthCheck { mark: hasher.finish(), ..check }
+}
+
+/// Which run it is, by when it was started: nanoseconds since 1970. What is no such time is told from others too, by a
+/// negative number.
+fn run(started_at: &str) -> i64 {
+    match nanos(started_at) {
+        Some(nanos) => nanos,
+        None => {
+            let mut hasher = DefaultHasher::new();
+            started_at.hash(&mut hasher);
+            -1 - i64::try_from(hasher.finish() >> 1).unwrap_or(0)
+        }
+    }
+}
+
+/// RFC 3339, as engines write it, in nanoseconds since 1970; 0 for what is long before, and `None` for what is no time or
+/// one that does not fit.
+fn nanos(text: &str) -> Option<i64> {
+    let nanos = OffsetDateTime::parse(text, &Rfc3339).ok()?.unix_timestamp_nanos();
+    i64::try_from(nanos.max(0)).ok()
 }
 
 #[cfg(test)]
@@ -321,7 +372,86 @@ mod tests {
         assert_eq!(inspected(|json| json["State"]["Health"]["Status"] = "none".into()).health, Health::None);
         assert_eq!(inspected(|json| json["Config"]["StopSignal"] = "SIGQUIT".into()).stop_signal, 3);
         assert_eq!(inspected(|json| json["State"]["StartedAt"] = "0001-01-01T00:00:00Z".into()).started_nanos, 0);
-        assert_eq!(nanos("2026-01-01T02:00:01+02:00"), 1_767_225_601_000_000_000);
+        assert_eq!(nanos("2026-01-01T02:00:01+02:00"), Some(1_767_225_601_000_000_000));
+    }
+
+    #[test]
+    fn words_for_health_that_are_not_known_are_no_bad_verdict() {
+        for (word, health) in [
+            (None, Health::None),
+            (Some(""), Health::None),
+            (Some(" "), Health::None),
+            (Some("none"), Health::None),
+            (Some("starting"), Health::Starting),
+            (Some("healthy"), Health::Healthy),
+            (Some("unhealthy"), Health::Unhealthy),
+            (Some("reset"), Health::Unknown),
+            (Some("stopped"), Health::Unknown),
+            (Some("HEALTHY!"), Health::Unknown),
+        ] {
+            assert_eq!(verdict(word), health, "{word:?}");
+        }
+    }
+
+    #[test]
+    fn a_health_check_is_overdue_by_its_own_times_and_each_check_leaves_a_mark() {
+        let overdue_after = |check: serde_json::Value| {
+            inspected(|json| json["Config"]["Healthcheck"] = check).health_check.overdue_after.as_secs()
+        };
+        let s = 1_000_000_000_i64;
+        assert_eq!(overdue_after(serde_json::Value::Null), 90, "30 s each, as Docker does");
+        assert_eq!(overdue_after(serde_json::json!({})), 90);
+        assert_eq!(overdue_after(serde_json::json!({ "Interval": 0, "Timeout": 0, "StartPeriod": 0 })), 90);
+        assert_eq!(
+            overdue_after(serde_json::json!({ "Interval": 5 * s, "Timeout": 3 * s, "StartPeriod": 600 * s })),
+            613
+        );
+        assert_eq!(overdue_after(serde_json::json!({ "Interval": -5 * s, "Timeout": -1 })), 90);
+        let longest = serde_json::json!({ "Interval": i64::MAX, "Timeout": i64::MAX, "StartPeriod": i64::MAX });
+        assert_eq!(overdue_after(longest), foreign::FOREVER.as_secs());
+
+        let mark = |health: serde_json::Value| inspected(|json| json["State"]["Health"] = health).health_check.mark;
+        let check =
+            |end: &str, code: i64| serde_json::json!({ "Start": "2026-01-01T00:00:00Z", "End": end, "ExitCode": code });
+        let healthy = |streak: i64, log: serde_json::Value| {
+            mark(serde_json::json!({ "Status": "healthy", "FailingStreak": streak, "Log": log }))
+        };
+        let (one, two) = (check("2026-01-01T00:00:01Z", 0), check("2026-01-01T00:00:02Z", 0));
+        let first = healthy(0, serde_json::json!([one]));
+        assert_eq!(first, healthy(0, serde_json::json!([one])));
+        for later in [
+            healthy(0, serde_json::json!([one, two])),
+            healthy(0, serde_json::json!([two])),
+            healthy(1, serde_json::json!([one])),
+            healthy(0, serde_json::json!([check("2026-01-01T00:00:01Z", 1)])),
+            healthy(0, serde_json::Value::Null),
+        ] {
+            assert_ne!(first, later);
+        }
+    }
+
+    #[test]
+    fn every_grace_is_bounded_and_minus_one_is_for_ever() {
+        let grace = |seconds: i64| inspected(|json| json["Config"]["StopTimeout"] = seconds.into()).stop_grace;
+        for (seconds, taken) in
+            [(0, Duration::ZERO), (1, Duration::from_secs(1)), (-1, foreign::FOREVER), (i64::MIN, foreign::FOREVER)]
+        {
+            assert_eq!(grace(seconds), taken, "{seconds}");
+        }
+        for seconds in [i64::MAX, i64::MAX / 1_000_000_000, 1 << 40] {
+            assert_eq!(grace(seconds), foreign::FOREVER, "{seconds}");
+        }
+    }
+
+    #[test]
+    fn runs_are_told_apart_whatever_their_time_is() {
+        let started = |text: &str| inspected(|json| json["State"]["StartedAt"] = text.into()).started_nanos;
+        let odd = ["9999-12-31T23:59:59Z", "9999-12-31T23:59:58Z", "yesterday", "", "2026-13-01T00:00:00Z"];
+        for (n, text) in odd.iter().enumerate() {
+            assert_eq!(started(text), started(text));
+            assert!(started(text) < 0, "{text:?} has no place among times");
+            assert!(odd[..n].iter().all(|other| started(other) != started(text)), "{text:?}");
+        }
     }
 
     #[test]
