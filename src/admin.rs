@@ -74,7 +74,8 @@ pub enum Page {
 impl Page {
     /// The page at `path`.
     pub fn of(path: &str) -> Option<Page> {
-        match path {
+        // A slash behind it makes no difference.
+        match path.strip_suffix('/').filter(|path| path.len() > 1).unwrap_or(path) {
             "/" => Some(Page::Overview),
             "/healthz" | "/health" => Some(Page::Health),
             "/readyz" => Some(Page::Ready),
@@ -105,7 +106,11 @@ impl Admin {
             Page::Metrics => self.metrics(),
             Page::Status => self.status().await,
             Page::Overview if lists(accept, "text/html") => page::page(),
-            Page::Overview => self.overview().await,
+            Page::Overview => {
+                let mut response = self.overview().await;
+                response.headers_mut().insert(header::VARY, HeaderValue::from_static("accept"));
+                response
+            }
         }
     }
 
@@ -119,6 +124,7 @@ impl Admin {
                 format!("shutting down, or {} watch already; GET /status works at any time\n", live::WATCHERS_MAX);
             let mut response = text(StatusCode::SERVICE_UNAVAILABLE, why);
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("10"));
+            response.headers_mut().insert(header::VARY, HeaderValue::from_static("accept"));
             response
         }))
     }

@@ -14,6 +14,9 @@ pub enum Dialect {
     Anthropic,
 }
 
+/// The header that tells in which dialect a client reads, so that caches keep the answers apart (RFC 9110, 12.5.5).
+pub const DIALECT_HEADER: &str = "anthropic-version";
+
 /// Why a request could not be served. The text of every variant goes to the client: it names who failed and what can be
 /// done, and never holds an address, a key or a prompt.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -234,6 +237,7 @@ impl ProxyError {
         *response.status_mut() = self.status();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(header::VARY, HeaderValue::from_static(DIALECT_HEADER));
         match self {
             ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Overloaded { .. } => {
                 let known = if let ProxyError::Overloaded { retry_after, .. } = self { *retry_after } else { None };

@@ -405,7 +405,8 @@ impl RequestHead {
         if !target.bytes().all(|b| b.is_ascii_graphic() && b != b'#') {
             return Err(HeadError::Malformed("the request target holds a character that must be percent-encoded"));
         }
-        let (authority, origin) = split_target(target);
+        let (authority, origin) =
+            split_target(target).ok_or(HeadError::Malformed("the request target has a scheme and no host"))?;
         let path = origin.split_once('?').map_or(origin, |(path, _)| path);
         self.target = Lines::span_of(bytes, origin.as_bytes());
         self.path = Lines::span_of(bytes, path.as_bytes());
@@ -461,6 +462,21 @@ impl RequestHead {
         }
     }
 
+    /// What is wrong with its `Host`, if anything is: HTTP/1.1 must have one, and it must be one (RFC 9112, 3.2). The same
+    /// holds for the host in a target of absolute form. That there are not two has been seen to when the head was read.
+    pub fn host_fault(&self) -> Option<&'static str> {
+        let authority = self.lines.get(self.authority);
+        match self.lines.first(Known::Host) {
+            None if self.version == Version::Http11 => Some("the request has no Host header"),
+            Some(host) if !is_host(host) => Some("the Host header is not a host, with or without a port"),
+            // Without an authority the target is in another form, in which it has no host.
+            _ if !is_host(authority) || authority.starts_with(b":") => {
+                Some("the host in the request target is not one")
+            }
+            _ => None,
+        }
+    }
+
     /// The client wants the connection to go on after this exchange.
     pub fn wants_keep_alive(&self) -> bool {
         match self.version {
@@ -485,19 +501,74 @@ impl RequestHead {
     }
 }
 
-/// Splits an absolute-form target (RFC 9112, 3.2.2) into its authority and the rest; every other form is all rest.
-fn split_target(target: &str) -> (&str, &str) {
+/// Whether this is a host with or without a port, as `Host` holds it (RFC 3986, 3.2.2 and 3.2.3). An empty one is: the
+/// client does not know which host it asks.
+fn is_host(value: &[u8]) -> bool {
+    let (host, port) = match value {
+        [b'[', rest @ ..] => {
+            let Some(end) = memchr(b']', rest) else { return false };
+            if !is_ip_literal(&rest[..end]) {
+                return false;
+            }
+            (&[][..], &rest[end + 1..])
+        }
+        _ => value.split_at(memchr(b':', value).unwrap_or(value.len())),
+    };
+    let is_port = match port {
+        [] => true,
+        [b':', digits @ ..] => {
+            digits.iter().all(u8::is_ascii_digit)
+                && digits.iter().fold(0u32, |port, digit| (port * 10 + u32::from(digit - b'0')).min(1 << 16)) < 1 << 16
+        }
+        _ => false,
+    };
+    is_port && is_registered_name(host)
+}
+
+fn is_registered_name(name: &[u8]) -> bool {
+    let mut rest = name;
+    while let [byte, after @ ..] = rest {
+        rest = match (byte, after) {
+            (b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' | b'-' | b'.' | b'_' | b'~', _) => after,
+            (b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=', _) => after,
+            (b'%', [high, low, after @ ..]) if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => after,
+            _ => return false,
+        };
+    }
+    true
+}
+
+/// What stands between the brackets of a host: an IPv6 address, perhaps with its zone (RFC 6874), or one of the future.
+fn is_ip_literal(inner: &[u8]) -> bool {
+    if let [b'v' | b'V', version @ ..] = inner {
+        let Some(dot) = memchr(b'.', version) else { return false };
+        let address = &version[dot + 1..];
+        return dot > 0
+            && version[..dot].iter().all(u8::is_ascii_hexdigit)
+            && !address.is_empty()
+            && address.split(|byte| *byte == b':').all(|part| !part.contains(&b'%') && is_registered_name(part));
+    }
+    let (address, zone) = inner.split_at(memchr(b'%', inner).unwrap_or(inner.len()));
+    let is_zone = zone.is_empty() || zone.len() > 1 && zone[1..].iter().all(u8::is_ascii_graphic);
+    is_zone && std::str::from_utf8(address).is_ok_and(|text| text.parse::<std::net::Ipv6Addr>().is_ok())
+}
+
+/// Splits an absolute-form target (RFC 9112, 3.2.2) into its authority and the rest; every other form is all rest. `None`
+/// if there is no authority where there must be one.
+fn split_target(target: &str) -> Option<(&str, &str)> {
     let scheme = |prefix: &str| target.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix));
     let after = match () {
         () if scheme("http://") => &target[7..],
         () if scheme("https://") => &target[8..],
-        () => return ("", target),
+        () => return Some(("", target)),
     };
-    match after.find(['/', '?']) {
+    let (authority, rest) = match after.find(['/', '?']) {
         Some(at) if after.as_bytes()[at] == b'/' => after.split_at(at),
         // No path: the root. A query without a path is nothing that engines serve.
         _ => (after, ""),
-    }
+    };
+    // Without a host it is to be refused (RFC 9110, 4.2.1).
+    (!authority.is_empty()).then_some((authority, rest))
 }
 
 // === impl ResponseHead ===
@@ -534,6 +605,30 @@ impl ResponseHead {
     /// The words behind the status, as the backend chose them.
     pub fn reason(&self) -> &[u8] {
         self.lines.get(self.reason)
+    }
+
+    /// Its body is a stream of parts, each of which means something as soon as it has come: events, or lines of JSON.
+    pub fn is_stream_of_parts(&self) -> bool {
+        const KINDS: [&[u8]; 13] = [
+            b"application/json-seq",
+            b"application/jsonl",
+            b"application/jsonlines",
+            b"application/json-lines",
+            b"application/ndjson",
+            b"application/stream+json",
+            b"application/x-json-stream",
+            b"application/x-jsonl",
+            b"application/x-jsonlines",
+            b"application/x-ndjson",
+            b"application/x-ndjson-stream",
+            b"text/jsonl",
+            b"text/x-ndjson",
+        ];
+        let Some(kind) = self.lines.first(Known::ContentType) else { return false };
+        let kind = kind.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
+        // Structured names of the same thing: `application/geo+json-seq` (RFC 8091).
+        let is_sequence = kind.len() > 9 && kind[kind.len() - 9..].eq_ignore_ascii_case(b"+json-seq");
+        self.is_event_stream() || is_sequence || KINDS.iter().any(|known| kind.eq_ignore_ascii_case(known))
     }
 
     /// It is a stream of server-sent events.
@@ -702,6 +797,74 @@ mod tests {
         assert_eq!(gone, [&b"x-hop"[..]]);
         assert!(head("HTTP/1.1", "Expect: 100-Continue\r\n").expects_continue());
         assert!(!head("HTTP/1.0", "Expect: 100-continue\r\n").expects_continue());
+    }
+
+    #[test]
+    fn a_host_is_one_or_is_missed() {
+        let fault = |line: &str, host: &str| request(&format!("GET {line}\r\n{host}\r\n")).unwrap().host_fault();
+        for host in [
+            "",
+            "a",
+            "api.example:8080",
+            "API_1.example.:",
+            "192.0.2.1:80",
+            "[::1]",
+            "[2001:DB8::1]:443",
+            "[fe80::1%25eth0]:80",
+            "[v1.x:y]",
+            "%41.example",
+            "a~!$&'()*+,;=",
+            "a:65535",
+        ] {
+            assert_eq!(fault("/ HTTP/1.1", &format!("Host: {host}\r\n")), None, "{host:?}");
+            if !host.is_empty() {
+                assert_eq!(fault(&format!("http://{host}/ HTTP/1.1"), "Host:\r\n"), None, "{host:?}");
+            }
+        }
+        for host in [
+            "a b",
+            "a, b",
+            "a/b",
+            "a?b",
+            "a#b",
+            "user@a",
+            "user:1@a",
+            "http://a",
+            "a:b",
+            "a:80:80",
+            "a:65536",
+            "a:99999999999999999999",
+            "a:-1",
+            "a:+80",
+            "a:0x50",
+            "[::1",
+            "[::1]a",
+            "[]",
+            "[1.2.3.4]",
+            "[::g]",
+            "[v.x]",
+            "[v1.]",
+            "::1",
+            "a%4",
+            "a%zz",
+            "a\\b",
+            "a\"b",
+            "a<b>",
+            "caf\u{e9}.example",
+        ] {
+            for version in ["HTTP/1.1", "HTTP/1.0"] {
+                assert!(fault(&format!("/ {version}"), &format!("Host: {host}\r\n")).is_some(), "{version} {host:?}");
+            }
+            if host.bytes().all(|byte| byte.is_ascii_graphic() && !b"/?#".contains(&byte)) {
+                assert!(fault(&format!("http://{host}/ HTTP/1.1"), "Host: a\r\n").is_some(), "{host:?}");
+            }
+        }
+        assert!(fault("/ HTTP/1.1", "").is_some() && fault("http://a/ HTTP/1.1", "").is_some());
+        assert!(fault("http://:80/ HTTP/1.1", "Host: a\r\n").is_some());
+        assert_eq!(fault("/ HTTP/1.0", ""), None);
+        for target in ["http:///v1/x", "https://", "HTTP:///"] {
+            assert!(request(&format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")).is_err(), "{target}");
+        }
     }
 
     #[test]

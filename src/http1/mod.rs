@@ -8,4 +8,5 @@
 //! proxy are other readers.
 
 pub mod body;
+pub mod date;
 pub mod head;

@@ -8,7 +8,7 @@ use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version, header};
 use http_body_util::{Either, Empty};
-use hyper::body::{Bytes, Incoming};
+use hyper::body::{Body as _, Bytes, Incoming};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
 
@@ -70,7 +70,7 @@ async fn pass(request: Request<Incoming>, proxy: Arc<Proxy>, client_ip: IpAddr) 
         Ok(answer) => {
             let (mut head, body) = answer.into_parts();
             head.version = Version::HTTP_2;
-            for name in [header::CONNECTION, header::TRANSFER_ENCODING] {
+            for name in [header::CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
                 head.headers.remove(name);
             }
             Response::from_parts(head, Either::Left(body))
@@ -88,8 +88,18 @@ async fn pass(request: Request<Incoming>, proxy: Arc<Proxy>, client_ip: IpAddr) 
 fn as_http1(request: Request<Incoming>) -> Request<Incoming> {
     let (mut head, body) = request.into_parts();
     head.version = Version::HTTP_11;
-    if let Some(host) = head.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok()) {
-        head.headers.insert(header::HOST, host);
+    if let Some(authority) = head.uri.authority().and_then(|a| HeaderValue::from_str(a.as_str()).ok()) {
+        // A `Host` that says something else stays beside it, and the engine refuses the two (RFC 9113, 8.3.1).
+        let differs = |host: &HeaderValue| !host.as_bytes().eq_ignore_ascii_case(authority.as_bytes());
+        if head.headers.get_all(header::HOST).iter().any(differs) {
+            head.headers.append(header::HOST, authority);
+        } else {
+            head.headers.insert(header::HOST, authority);
+        }
+    }
+    // HTTP/1.1 must be told that there is a body; the library tells it for some methods only.
+    if !body.is_end_stream() && !head.headers.contains_key(header::CONTENT_LENGTH) {
+        head.headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     let mut origin = http::uri::Parts::default();
     origin.path_and_query = head.uri.path_and_query().cloned();

@@ -1,13 +1,17 @@
 //! Heads on their way through: what must not pass, what the proxy adds, how the end of a body is told. Pure.
 
-use std::{io::Write as _, net::IpAddr};
+use std::{io::Write as _, net::IpAddr, time::SystemTime};
 
-use http::HeaderMap;
+use http::{HeaderMap, StatusCode};
 
-use super::trace::TraceHeaders;
-use crate::http1::{
-    body::Framing,
-    head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
+use super::{cors::CrossOrigin, trace::TraceHeaders};
+use crate::{
+    error::Dialect,
+    http1::{
+        body::Framing,
+        date::push_date,
+        head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
+    },
 };
 
 /// What is added to a request on its way to a backend.
@@ -72,7 +76,8 @@ pub fn push_request(out: &mut Vec<u8>, head: &RequestHead, to: &ToBackend<'_>) {
         push_ip(out, to.client_ip);
         out.extend_from_slice(b"\r\n");
     }
-    if let (Some(host), false) = (head.host(), lines.has(Known::XForwardedHost)) {
+    let host = head.host().filter(|host| !host.is_empty());
+    if let (Some(host), false) = (host, lines.has(Known::XForwardedHost)) {
         push_line(out, b"x-forwarded-host", host);
     }
     if !lines.has(Known::XForwardedProto) {
@@ -100,17 +105,26 @@ pub fn push_request(out: &mut Vec<u8>, head: &RequestHead, to: &ToBackend<'_>) {
     out.extend_from_slice(b"\r\n");
 }
 
+/// What every answer says, a backend's or the proxy's own.
+#[derive(Debug, Clone, Copy)]
+pub struct Common<'a> {
+    /// Correlates the answer with its request.
+    pub request_id: &'a [u8],
+    /// In whose dialect the client speaks: Anthropic's SDKs read the id from `request-id`.
+    pub dialect: Dialect,
+    /// What is said of the connection.
+    pub connection: Persistence,
+    /// What is said of other origins' scripts.
+    pub cross_origin: CrossOrigin<'a>,
+}
+
 /// What is added to an answer on its way to the client.
 #[derive(Debug, Clone, Copy)]
 pub struct ToClient<'a> {
     /// How the client is told where the body ends.
     pub framing: Delivery,
-    /// Correlates the answer with its request.
-    pub request_id: &'a [u8],
-    /// What is said of the connection.
-    pub connection: Persistence,
-    /// The origin whose scripts may read the answer, if it is for the proxy to say.
-    pub origin: Option<&'a [u8]>,
+    /// What every answer says.
+    pub common: Common<'a>,
     /// The backend's address and the prefix of its API, which mean nothing to the client.
     pub authority: &'a str,
     /// Prefix of the backend's API.
@@ -160,14 +174,17 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
     // Chunks override a length, which may stand beside them (RFC 9112, 6.3).
     let mut may_say_length =
         to.framing == Delivery::AsIs && head.framing != Framing::Chunked && may_have_length(head.status);
+    // 426 says with it what the client is to use instead (RFC 9110, 15.5.22).
+    let demands_upgrade = head.status == StatusCode::UPGRADE_REQUIRED && lines.has(Known::Upgrade);
+    let keeps_upgrade = demands_upgrade || to.common.connection == Persistence::Upgrade;
     for header in lines.iter() {
         match header.known {
-            Known::Upgrade if to.connection == Persistence::Upgrade => {}
+            Known::Upgrade if keeps_upgrade => {}
             known if known.is_hop_by_hop() => continue,
             _ if names_others && lines.is_named_by_connection(&header) => continue,
             // Two equal ones may come; one goes.
             Known::ContentLength if !std::mem::replace(&mut may_say_length, false) => continue,
-            Known::AllowOrigin if to.origin.is_some() => continue,
+            Known::AllowOrigin if to.common.cross_origin.is_allowed() => continue,
             Known::Location => {
                 let here = hide_backend(header.value, to.authority, to.base_path);
                 push_line(out, header.name, here.as_deref().unwrap_or(header.value));
@@ -179,14 +196,25 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
         }
         push_line(out, header.name, header.value);
     }
-    if !lines.has(Known::XRequestId) {
-        push_line(out, b"x-request-id", to.request_id);
+    let request_id = match lines.first(Known::XRequestId) {
+        Some(theirs) => theirs,
+        None => {
+            push_line(out, b"x-request-id", to.common.request_id);
+            to.common.request_id
+        }
+    };
+    // A backend that has an id of its own here is asked about by that.
+    if to.common.dialect == Dialect::Anthropic && !passes(lines, "request-id", names_others) {
+        push_line(out, b"request-id", request_id);
     }
-    // Front proxies (nginx) would hold events back.
-    if head.is_event_stream() && !lines.has(Known::XAccelBuffering) {
+    // Front proxies (nginx) would hold the parts of a stream back.
+    if head.is_stream_of_parts() && !lines.has(Known::XAccelBuffering) {
         out.extend_from_slice(b"x-accel-buffering: no\r\n");
     }
-    push_end(out, to.framing, to.connection, to.origin);
+    if demands_upgrade && to.common.connection != Persistence::Upgrade {
+        out.extend_from_slice(b"connection: upgrade\r\n");
+    }
+    push_end(out, to.framing, &to.common);
 }
 
 /// Appends an interim answer.
@@ -204,22 +232,17 @@ pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead) {
 /// Appends the head of an answer of the proxy's own, whose body has `length` bytes.
 pub fn push_own(
     out: &mut Vec<u8>,
-    status: http::StatusCode,
+    status: StatusCode,
     headers: &HeaderMap,
     length: usize,
-    request_id: &[u8],
-    connection: Persistence,
-    origin: Option<&[u8]>,
+    common: &Common<'_>,
+    now: SystemTime,
 ) {
-    push_status(out, status.as_u16(), status.canonical_reason().unwrap_or_default().as_bytes());
-    for (name, value) in headers {
-        push_line(out, name.as_str().as_bytes(), value.as_bytes());
-    }
+    push_own_lines(out, status, headers, common, now);
     if may_have_length(status) {
         push_length(out, length as u64);
     }
-    push_line(out, b"x-request-id", request_id);
-    push_end(out, Delivery::AsIs, connection, origin);
+    push_end(out, Delivery::AsIs, common);
 }
 
 /// Writes the head of an answer of the proxy's own whose body comes by and by; `framing` says how its end is told.
@@ -227,27 +250,39 @@ pub fn push_own_stream(
     out: &mut Vec<u8>,
     head: &http::Response<()>,
     framing: Delivery,
-    request_id: &[u8],
-    connection: Persistence,
-    origin: Option<&[u8]>,
+    common: &Common<'_>,
+    now: SystemTime,
 ) {
-    push_status(out, head.status().as_u16(), head.status().canonical_reason().unwrap_or_default().as_bytes());
-    for (name, value) in head.headers() {
-        push_line(out, name.as_str().as_bytes(), value.as_bytes());
-    }
-    push_line(out, b"x-request-id", request_id);
-    push_end(out, framing, connection, origin);
+    push_own_lines(out, head.status(), head.headers(), common, now);
+    push_end(out, framing, common);
 }
 
-fn push_end(out: &mut Vec<u8>, framing: Delivery, connection: Persistence, origin: Option<&[u8]>) {
-    if let Some(origin) = origin {
+fn push_own_lines(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap, common: &Common<'_>, now: SystemTime) {
+    push_status(out, status.as_u16(), status.canonical_reason().unwrap_or_default().as_bytes());
+    out.extend_from_slice(b"date: ");
+    push_date(out, now);
+    out.extend_from_slice(b"\r\n");
+    for (name, value) in headers {
+        push_line(out, name.as_str().as_bytes(), value.as_bytes());
+    }
+    push_line(out, b"x-request-id", common.request_id);
+    if common.dialect == Dialect::Anthropic {
+        push_line(out, b"request-id", common.request_id);
+    }
+}
+
+fn push_end(out: &mut Vec<u8>, framing: Delivery, common: &Common<'_>) {
+    if let CrossOrigin::Allowed(origin) = common.cross_origin {
         push_line(out, b"access-control-allow-origin", origin);
+    }
+    // Caches must know that another origin, or none, would have got another answer (Fetch, 3.2.5).
+    if !matches!(common.cross_origin, CrossOrigin::Unsaid) {
         out.extend_from_slice(b"vary: origin\r\n");
     }
     if framing == Delivery::Chunked {
         out.extend_from_slice(b"transfer-encoding: chunked\r\n");
     }
-    out.extend_from_slice(match connection {
+    out.extend_from_slice(match common.connection {
         Persistence::Unsaid => b"",
         Persistence::KeepAlive => b"connection: keep-alive\r\n",
         Persistence::Close => b"connection: close\r\n",
@@ -265,9 +300,15 @@ fn connection_names_others(lines: &Lines) -> bool {
     })
 }
 
+/// Whether there is a line of this name, in lower case, that does not end here.
+fn passes(lines: &Lines, name: &str, names_others: bool) -> bool {
+    let is_it = |header: &Header<'_>| header.name.eq_ignore_ascii_case(name.as_bytes());
+    lines.iter().any(|header| is_it(&header) && !(names_others && lines.is_named_by_connection(&header)))
+}
+
 /// Whether an answer with this status may say the length of a body (RFC 9110, 8.6).
-fn may_have_length(status: http::StatusCode) -> bool {
-    !status.is_informational() && status != http::StatusCode::NO_CONTENT
+fn may_have_length(status: StatusCode) -> bool {
+    !status.is_informational() && status != StatusCode::NO_CONTENT
 }
 
 fn is_trailer(header: &Header<'_>) -> bool {
@@ -359,14 +400,9 @@ mod tests {
 
     fn answered(text: &str, framing: Delivery, connection: Persistence, origin: Option<&[u8]>) -> String {
         let head = ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap();
-        let to = ToClient {
-            framing,
-            request_id: b"id-1",
-            connection,
-            origin,
-            authority: "10.0.0.1:8000",
-            base_path: "/api/v1",
-        };
+        let cross_origin = origin.map_or(CrossOrigin::Unsaid, CrossOrigin::Allowed);
+        let common = Common { request_id: b"id-1", dialect: Dialect::OpenAi, connection, cross_origin };
+        let to = ToClient { framing, common, authority: "10.0.0.1:8000", base_path: "/api/v1" };
         let mut out = Vec::new();
         push_response(&mut out, &head, &to);
         String::from_utf8(out).unwrap().replace("\r\n", "\n")
@@ -467,6 +503,84 @@ mod tests {
         );
         let until_close = answered(text, Delivery::UntilClose, Persistence::Close, None);
         assert!(!until_close.contains("Trailer") && !until_close.contains("chunked"), "{until_close}");
+    }
+
+    #[test]
+    fn anthropics_clients_find_the_id_of_their_request_where_they_look_for_it() {
+        let answered = |text: &str, dialect: Dialect| {
+            let head = ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap();
+            let (connection, cross_origin) = (Persistence::Unsaid, CrossOrigin::Unsaid);
+            let common = Common { request_id: b"id-1", dialect, connection, cross_origin };
+            let to = ToClient { framing: Delivery::AsIs, common, authority: "b", base_path: "/v1" };
+            let mut out = Vec::new();
+            push_response(&mut out, &head, &to);
+            String::from_utf8(out)
+                .unwrap()
+                .split("\r\n")
+                .skip(1)
+                .filter(|line| !line.is_empty())
+                .collect::<Vec<_>>()
+                .join("|")
+        };
+        for (lines, dialect, expected) in [
+            ("", Dialect::Anthropic, "x-request-id: id-1|request-id: id-1"),
+            ("", Dialect::OpenAi, "x-request-id: id-1"),
+            ("X-Request-Id: b\n", Dialect::Anthropic, "X-Request-Id: b|request-id: b"),
+            ("Request-Id: b\n", Dialect::Anthropic, "Request-Id: b|x-request-id: id-1"),
+            ("Request-Id: b\nX-Request-Id: c\n", Dialect::Anthropic, "Request-Id: b|X-Request-Id: c"),
+            ("Request-Id: b\nConnection: request-id\n", Dialect::Anthropic, "x-request-id: id-1|request-id: id-1"),
+        ] {
+            assert_eq!(answered(&format!("HTTP/1.1 200 OK\n{lines}\n"), dialect), expected, "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn streams_of_parts_are_not_held_back() {
+        for kind in [
+            "text/event-stream",
+            "Text/Event-Stream; charset=utf-8",
+            "application/x-ndjson",
+            "application/x-ndjson; charset=utf-8",
+            "APPLICATION/NDJSON ;x",
+            "application/jsonl",
+            "application/x-jsonlines",
+            "application/json-seq",
+            "application/vnd.x+json-seq",
+            "application/stream+json",
+        ] {
+            let text = format!("HTTP/1.1 200 OK\nContent-Type: {kind}\n\n");
+            let sent = answered(&text, Delivery::Chunked, Persistence::Unsaid, None);
+            assert_eq!(sent.matches("x-accel-buffering: no\n").count(), 1, "{kind}: {sent}");
+            let text = text.replace("\n\n", "\nX-Accel-Buffering: yes\n\n");
+            let sent = answered(&text, Delivery::Chunked, Persistence::Unsaid, None);
+            assert_eq!(sent.to_lowercase().matches("x-accel-buffering").count(), 1, "the backend decides: {sent}");
+        }
+        for kind in ["application/json", "application/jsonp", "audio/mpeg", "application/seq", "+json-sequel", ""] {
+            let text = format!("HTTP/1.1 200 OK\nContent-Type: {kind}\n\n");
+            assert!(!answered(&text, Delivery::Chunked, Persistence::Unsaid, None).contains("accel"), "{kind}");
+        }
+    }
+
+    #[test]
+    fn what_426_demands_passes_and_what_others_offer_does_not() {
+        for (status, connection, expected) in [
+            (
+                "426 Upgrade Required",
+                Persistence::Unsaid,
+                "Upgrade: websocket\nx-request-id: id-1\nconnection: upgrade\n\n",
+            ),
+            (
+                "426 Upgrade Required",
+                Persistence::Close,
+                "Upgrade: websocket\nx-request-id: id-1\nconnection: upgrade\nconnection: close\n\n",
+            ),
+            ("200 OK", Persistence::Unsaid, "x-request-id: id-1\n\n"),
+            ("400 Bad Request", Persistence::Close, "x-request-id: id-1\nconnection: close\n\n"),
+        ] {
+            let text = format!("HTTP/1.1 {status}\nConnection: Upgrade\nUpgrade: websocket\n\n");
+            let sent = answered(&text, Delivery::AsIs, connection, None);
+            assert_eq!(sent.split_once('\n').unwrap().1, expected, "{status}");
+        }
     }
 
     #[test]

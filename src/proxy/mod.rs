@@ -16,7 +16,7 @@
 pub mod attempt;
 mod claim;
 pub mod client;
-mod cors;
+pub mod cors;
 pub mod exchange;
 pub mod failure;
 pub mod headers;
@@ -44,13 +44,13 @@ use self::{
     attempt::Attempt,
     claim::Queue,
     client::{BodyWait, Client, Closing, Gone, Next, Transport},
-    cors::Cors,
+    cors::{Cors, CrossOrigin, is_preflight},
     exchange::{Ending, Exchange, Learner, RequestId},
-    headers::{Delivery, Persistence, ToClient},
+    headers::{Common, Delivery, Persistence, ToClient},
     makers::Makers,
     paths::Target,
     relay::{Cut, Relay, Relayed, Watch as _},
-    respond::{discard, json, refuse_connection, respond},
+    respond::{discard, models, refuse_connection, respond},
 };
 use crate::{
     admin::{self, Admin, Page},
@@ -116,8 +116,8 @@ struct Asked<'r> {
     client_ip: IpAddr,
     /// In whose shape this client reads errors.
     dialect: Dialect,
-    /// Value of `Access-Control-Allow-Origin`, if it is for the proxy to say.
-    origin: Option<&'r [u8]>,
+    /// What its answer says of other origins' scripts.
+    cross_origin: CrossOrigin<'r>,
     /// The client's connection may carry another request.
     keeps_alive: bool,
 }
@@ -187,13 +187,13 @@ impl Proxy {
                     tracing::debug!(client = %client_ip, %error, "sent what is no request");
                     let error = unreadable(error);
                     self.count_refused(&error);
-                    refuse_connection(&mut client, &error).await;
+                    refuse_connection(&mut client, &error, &self.cors).await;
                     return client.close().await;
                 }
                 Next::TooSlow => {
                     let error = ProxyError::RequestTimeout { what: "the head of the request" };
                     self.count_refused(&error);
-                    refuse_connection(&mut client, &error).await;
+                    refuse_connection(&mut client, &error, &self.cors).await;
                     return client.close().await;
                 }
             }
@@ -213,20 +213,23 @@ impl Proxy {
             id: &id,
             client_ip,
             dialect: dialect(head.path(), &head.lines),
-            origin: self.cors.allow(&head.lines),
+            cross_origin: self.cors.says(&head.lines),
             // Whoever keeps a connection while the proxy shuts down would lose the request it sends just when it is closed.
             keeps_alive: head.wants_keep_alive() && !self.admin.stopping.load(Ordering::Relaxed),
         };
-        let is_preflight = head.method == Method::OPTIONS;
         let no_path = |message: &str| {
             let error = ProxyError::NoSuchPath { message: message.to_owned() };
             self.reject(&error, asked.dialect)
         };
+        let options = head.method == Method::OPTIONS;
+        let names_no_model = || paths::model_in_query(head.query()).is_none();
         let response = match paths::classify(&head.method, head.path()) {
-            Target::Forward { .. } if is_preflight && paths::model_in_query(head.query()).is_none() => {
-                self.cors.preflight(&asked)
+            _ if let Some(fault) = head.host_fault() => {
+                let error = ProxyError::BadRequest { code: "invalid_request", message: fault.to_owned() };
+                self.reject(&error, asked.dialect)
             }
-            Target::Forward { below_v1 } => return self.forward(client, &asked, below_v1.is_some()).await,
+            // Wherever it leads: what is asked is what the browser may send, not what will become of that.
+            _ if options && is_preflight(head) => self.cors.preflight(&asked),
             Target::Own(page) if self.shows(page) && page.answers(&head.method) => {
                 // Whoever looks at the proxy does not change what is seen: these are not counted.
                 let accept: Vec<&[u8]> = head.lines.all_named("accept").collect();
@@ -240,14 +243,14 @@ impl Proxy {
                     Err(Gone) => After::Abort { by_reset: false },
                 };
             }
-            Target::Own(page) if self.shows(page) && !is_preflight => {
+            Target::Control => no_path("engines' control endpoints are not reachable through this proxy"),
+            _ if options && names_no_model() => self.cors.preflight(&asked),
+            Target::Forward { below_v1 } => return self.forward(client, &asked, below_v1.is_some()).await,
+            Target::Own(page) if self.shows(page) => {
                 self.reject(&ProxyError::MethodNotAllowed { allow: admin::ALLOW }, asked.dialect)
             }
-            Target::Own(page) if self.shows(page) => self.cors.preflight(&asked),
-            Target::ModelList | Target::ModelObject(_) if is_preflight => self.cors.preflight(&asked),
             Target::ModelList => self.list_models(&asked),
             Target::ModelObject(id) => self.show_model(&id, asked.dialect),
-            Target::Control => no_path("engines' control endpoints are not reachable through this proxy"),
             Target::Stateful => {
                 no_path("this API keeps state that no single backend could answer for; it is not served")
             }
@@ -288,16 +291,19 @@ impl Proxy {
             return self.reject(&ProxyError::MethodNotAllowed { allow: "GET, HEAD" }, asked.dialect);
         }
         let table = self.table.snapshot();
-        json(match asked.dialect {
+        models(match asked.dialect {
             Dialect::OpenAi => table.openai_list(),
             Dialect::Anthropic => table.anthropic_list(),
         })
     }
 
     fn show_model(&self, id: &str, dialect: Dialect) -> Response<Bytes> {
-        match (self.table.snapshot().object(id), dialect) {
-            (Some(object), Dialect::OpenAi) => json(Bytes::copy_from_slice(object.json.get().as_bytes())),
-            (Some(object), Dialect::Anthropic) => json(Bytes::from(object.to_anthropic().to_string())),
+        let table = self.table.snapshot();
+        // A slash behind the name makes no difference, unless a name ends in one.
+        let object = table.object(id).or_else(|| table.object(id.trim_end_matches('/')));
+        match (object, dialect) {
+            (Some(object), Dialect::OpenAi) => models(Bytes::copy_from_slice(object.json.get().as_bytes())),
+            (Some(object), Dialect::Anthropic) => models(Bytes::from(object.to_anthropic().to_string())),
             (None, dialect) => self.reject(&ProxyError::ModelNotFound { model: bounded(id) }, dialect),
         }
     }
@@ -454,9 +460,7 @@ impl Proxy {
         let backend = in_flight.backend();
         let to = ToClient {
             framing: delivery,
-            request_id: asked.id.as_bytes(),
-            connection,
-            origin: asked.origin,
+            common: asked.common(connection),
             authority: &backend.authority,
             base_path: &backend.spec.base_path,
         };
@@ -569,6 +573,11 @@ impl Proxy {
 // === impl Asked ===
 
 impl Asked<'_> {
+    /// What every answer to it says.
+    fn common(&self, connection: Persistence) -> Common<'_> {
+        Common { request_id: self.id.as_bytes(), dialect: self.dialect, connection, cross_origin: self.cross_origin }
+    }
+
     /// What is said of the client's connection. `ends_by_close`: only its end can end this answer.
     fn persistence(&self, ends_by_close: bool) -> Persistence {
         match self.head.version {

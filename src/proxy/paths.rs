@@ -171,7 +171,7 @@ fn classify_closely<'p>(method: &Method, path: &'p str) -> Target<'p> {
     if let Some(page) = Page::of(path) {
         return Target::Own(page);
     }
-    if matches!(path, "/v1/models" | "/v1/models/") {
+    if path.strip_prefix("/v1/models").is_some_and(|rest| rest.bytes().all(|byte| byte == b'/')) {
         return Target::ModelList;
     }
     if let Some(below_v1) = path.strip_prefix("/v1").filter(|rest| rest.starts_with('/')) {
@@ -186,12 +186,13 @@ fn classify_closely<'p>(method: &Method, path: &'p str) -> Target<'p> {
         if segments.iter().any(|segment| is_control(segment)) {
             return Target::Control;
         }
-        // The segment after "v1": what a server that decodes before it routes would see.
-        return match segments.iter().filter(|segment| !segment.is_empty()).nth(1) {
-            None => Target::Unknown,
-            Some(first) if first == "models" => Target::Unknown,
-            Some(first) if STATEFUL.contains(&first.as_str()) => Target::Stateful,
-            Some(_) => Target::Forward { below_v1: Some(below_v1) },
+        // The segments after "v1": what a server that decodes before it routes would see.
+        let mut below = segments.iter().map(String::as_str).filter(|segment| !segment.is_empty()).skip(1);
+        return match (below.next(), below.next()) {
+            (None | Some("models"), _) => Target::Unknown,
+            (Some("messages"), Some("batches")) => Target::Stateful,
+            (Some(first), _) if STATEFUL.contains(&first) => Target::Stateful,
+            (Some(_), _) => Target::Forward { below_v1: Some(below_v1) },
         };
     }
     match ENGINE_PATHS.binary_search(&path) {
@@ -284,7 +285,9 @@ mod tests {
 
     #[test]
     fn own_paths() {
-        assert_eq!(get("/v1/models"), Target::ModelList);
+        for path in ["/v1/models", "/v1/models/", "/v1/models//"] {
+            assert_eq!((get(path), post(path)), (Target::ModelList, Target::ModelList), "{path}");
+        }
         assert_eq!(get("/v1/models/org%2Ftiny"), Target::ModelObject("org/tiny".into()));
         assert_eq!(get("/v1/models/org/tiny"), Target::ModelObject("org/tiny".into()));
         assert_eq!(post("/v1/models/load"), Target::Unknown);
@@ -295,6 +298,10 @@ mod tests {
             ("/readyz", Page::Ready),
             ("/metrics", Page::Metrics),
             ("/status", Page::Status),
+            ("/healthz/", Page::Health),
+            ("/readyz/", Page::Ready),
+            ("/metrics/", Page::Metrics),
+            ("/status/", Page::Status),
         ] {
             assert_eq!((get(path), post(path)), (Target::Own(page), Target::Own(page)));
         }
@@ -324,6 +331,21 @@ mod tests {
             "",
         ] {
             assert_eq!(post(path), Target::Unknown, "{path}");
+        }
+        for path in ["/healthz//", "//", "/v1models", "/v1/models/x"] {
+            assert_eq!(post(path), Target::Unknown, "{path}");
+        }
+        for path in [
+            "/v1/messages/batches",
+            "/v1/messages/batches/",
+            "/v1/messages/batches/msgbatch_1/results",
+            "/v1//messages//batches",
+            "/v1/%6dessages/batche%73/msgbatch_1",
+        ] {
+            assert_eq!((get(path), post(path)), (Target::Stateful, Target::Stateful), "{path}");
+        }
+        for path in ["/v1/messages/count_tokens", "/v1/messages/batch", "/v1/messages", "/v1/messages/x/batches"] {
+            assert!(matches!(post(path), Target::Forward { .. }), "{path}");
         }
         for path in ["/v1/files", "/v1/batches/1", "/v1/fine_tuning/jobs", "/v1//threads", "/v1/%66iles"] {
             assert_eq!(post(path), Target::Stateful, "{path}");

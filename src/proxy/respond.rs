@@ -1,5 +1,7 @@
 //! Answers of the proxy's own: how they are sent, and what becomes of the connection then.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, header};
 use tokio::time::timeout;
@@ -7,11 +9,12 @@ use tokio::time::timeout;
 use super::{
     After, Asked,
     client::{Client, Transport},
+    cors::Cors,
     exchange::RequestId,
-    headers::{self, Persistence},
+    headers::{self, Common, Persistence},
 };
 use crate::{
-    error::{Dialect, ProxyError},
+    error::{DIALECT_HEADER, Dialect, ProxyError},
     http1::body::BodyDecoder,
 };
 
@@ -28,7 +31,7 @@ pub(super) async fn respond<S: Transport>(
     if never_asked_for || !can_discard::<S>(&body) {
         connection = Persistence::Close;
     }
-    push_own(client, response, asked.head.method == Method::HEAD, connection, Some(asked));
+    push_own(client, response, asked.head.method == Method::HEAD, &asked.common(connection));
     if client.flush().await.is_err() {
         return After::Abort { by_reset: false };
     }
@@ -39,28 +42,21 @@ pub(super) async fn respond<S: Transport>(
 }
 
 /// Answers a client that sent no request that could be read.
-pub(super) async fn refuse_connection<S: Transport>(client: &mut Client<S>, error: &ProxyError) {
-    push_own(client, &error.response(Dialect::OpenAi), false, Persistence::Close, None);
+pub(super) async fn refuse_connection<S: Transport>(client: &mut Client<S>, error: &ProxyError, cors: &Cors) {
+    let (dialect, id) = (Dialect::OpenAi, RequestId::new());
+    let common = Common {
+        request_id: id.as_bytes(),
+        dialect,
+        connection: Persistence::Close,
+        cross_origin: cors.says_to_nobody(),
+    };
+    push_own(client, &error.response(dialect), false, &common);
 }
 
-fn push_own<S: Transport>(
-    client: &mut Client<S>,
-    response: &Response<Bytes>,
-    is_head: bool,
-    connection: Persistence,
-    asked: Option<&Asked<'_>>,
-) {
-    let ours;
-    let id = match asked {
-        Some(asked) => asked.id.as_bytes(),
-        None => {
-            ours = RequestId::new();
-            ours.as_bytes()
-        }
-    };
-    let origin = asked.and_then(|asked| asked.origin);
+fn push_own<S: Transport>(client: &mut Client<S>, response: &Response<Bytes>, is_head: bool, common: &Common<'_>) {
     let body = response.body();
-    headers::push_own(client.outbox(), response.status(), response.headers(), body.len(), id, connection, origin);
+    let (status, headers, now) = (response.status(), response.headers(), SystemTime::now());
+    headers::push_own(client.outbox(), status, headers, body.len(), common, now);
     if !is_head {
         client.outbox().extend_from_slice(body);
     }
@@ -101,9 +97,11 @@ pub(super) async fn discard<S: Transport>(client: &mut Client<S>, mut body: Body
     timeout(time, reading).await.unwrap_or(After::Close)
 }
 
-/// An answer of JSON.
-pub(super) fn json(body: Bytes) -> Response<Bytes> {
+/// An answer that tells of models, in the shape that its client asked for.
+pub(super) fn models(body: Bytes) -> Response<Bytes> {
     let mut response = Response::new(body);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(header::VARY, HeaderValue::from_static(DIALECT_HEADER));
     response
 }

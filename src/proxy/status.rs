@@ -1,5 +1,7 @@
 //! The status as it changes, to a client of the data port.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
 use tokio::time::timeout;
 
@@ -17,8 +19,8 @@ use crate::{
 pub(super) async fn stream<S: Transport>(client: &mut Client<S>, asked: &Asked<'_>, mut watcher: Watcher) -> After {
     const ABORT: After = After::Abort { by_reset: false };
     let delivery = Delivery::of(Framing::Chunked, asked.head.version);
-    let id = asked.id.as_bytes();
-    headers::push_own_stream(client.outbox(), &live::head(), delivery, id, Persistence::Close, asked.origin);
+    let (common, now) = (asked.common(Persistence::Close), SystemTime::now());
+    headers::push_own_stream(client.outbox(), &live::head(), delivery, &common, now);
     loop {
         // One that does not read must not keep its place.
         if !matches!(timeout(live::PATIENCE, client.flush()).await, Ok(Ok(()))) {

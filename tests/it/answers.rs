@@ -514,3 +514,92 @@ async fn r02_every_answer_has_a_request_id() {
     }
     assert_eq!(upstream.whole(1).await.head.all("x-request-id"), ["mine-1"]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r02_own_answers_say_when_they_were_made_and_others_are_left_alone() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    for (request, status) in [
+        (Request::get("/healthz"), 200),
+        (Request::get("/v1/models"), 200),
+        (Request::new("HEAD", "/v1/models"), 200),
+        (Request::get("/metrics"), 200),
+        (Request::get("/status"), 200),
+        (Request::chat("unheard"), 404),
+        (Request::post("/v1/chat/completions", "{}"), 400),
+        (Request::get("/other"), 404),
+        (Request::new("POST", "/metrics"), 405),
+        (Request::new("OPTIONS", "/v1/models"), 204),
+        (Request::get("/healthz").only_headers(""), 400),
+        (Request::get("/healthz").header("x y", "1"), 400),
+    ] {
+        let answer = app.ask(&request).await;
+        assert_eq!(answer.status, status, "{:?}", answer.head);
+        let dates = answer.head.all("date");
+        assert_eq!(dates.len(), 1, "{:?}", answer.head);
+        let date = httpdate::parse_http_date(dates[0]).unwrap();
+        let age = std::time::SystemTime::now().duration_since(date).unwrap_or_default();
+        assert!(age < Duration::from_secs(60), "{}", dates[0]);
+    }
+    let theirs = "Sun, 06 Nov 1994 08:49:37 GMT";
+    upstream.script(reply("200 OK", &format!("Date: {theirs}\r\n"), "{}"));
+    assert_eq!(app.ask(&Request::chat("m")).await.head.all("date"), [theirs]);
+    upstream.script(json_reply("{}"));
+    assert_eq!(app.ask(&Request::chat("m")).await.header("date"), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r03_what_changes_with_a_header_says_so() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    for (target, header) in [
+        ("/v1/models", "anthropic-version"),
+        ("/v1/models/m", "anthropic-version"),
+        ("/v1/models/unheard", "anthropic-version"),
+        ("/other", "anthropic-version"),
+        ("/", "accept"),
+        ("/status", "accept"),
+    ] {
+        for lines in ["", "anthropic-version: 2023-06-01\r\n", "accept: text/html\r\n"] {
+            let request = Request::get(target).only_headers(&format!("host: p\r\n{lines}"));
+            let answer = app.ask(&request).await;
+            assert!(answer.head.all("vary").contains(&header), "{target} {lines:?}: {:?}", answer.head);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r02_anthropics_clients_find_the_id_of_their_request() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let version = |request: Request| request.header("anthropic-version", "2023-06-01");
+    let mine = |request: Request| request.header("x-request-id", "mine-1");
+    for (request, status) in [
+        (Request::messages("m"), 200),
+        (Request::messages("unheard"), 404),
+        (Request::post("/v1/messages/count_tokens", r#"{"model":"m"}"#), 200),
+        (Request::get("/v1/messages/batches"), 404),
+        (version(Request::get("/v1/models")), 200),
+        (version(Request::get("/v1/models/unheard")), 404),
+        (version(Request::chat("m")), 200),
+        (version(Request::get("/healthz")), 200),
+    ] {
+        let answer = app.ask(&request).await;
+        assert_eq!(answer.status, status);
+        let ids = answer.head.all("x-request-id");
+        assert!(ids.len() == 1 && !ids[0].is_empty(), "{:?}", answer.head);
+        assert_eq!(answer.head.all("request-id"), ids);
+        let answer = app.ask(&mine(request)).await;
+        assert_eq!((answer.head.all("request-id"), answer.head.all("x-request-id")), (vec!["mine-1"], vec!["mine-1"]));
+    }
+    for request in [Request::chat("m"), Request::get("/v1/models"), Request::chat("unheard")] {
+        assert_eq!(app.ask(&request).await.header("request-id"), None);
+    }
+    // A backend's own word for it stands: its operator finds the request by that.
+    upstream.script(reply("200 OK", "Request-Id: req_theirs\r\n", "{}"));
+    let answer = app.ask(&mine(Request::messages("m"))).await;
+    assert_eq!((answer.head.all("request-id"), answer.head.all("x-request-id")), (vec!["req_theirs"], vec!["mine-1"]));
+    upstream.script(reply("429 Slow", "X-Request-Id: theirs\r\n", "{}"));
+    let answer = app.ask(&Request::messages("m")).await;
+    assert_eq!((answer.head.all("request-id"), answer.head.all("x-request-id")), (vec!["theirs"], vec!["theirs"]));
+}

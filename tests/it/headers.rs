@@ -399,6 +399,263 @@ async fn r09_preflight_is_answered_by_policy() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_preflight_is_answered_by_policy_wherever_it_leads() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::start_with_backends(&[("PROXY_CORS_ORIGINS", "https://ui.example")], &[&upstream]).await;
+    for target in [
+        "/v1/chat/completions",
+        "/v1/chat/completions?model=m",
+        "/v1/chat/completions?model=unheard",
+        "/v1/responses/resp_1",
+        "/v1/responses/resp_1?model=m",
+        "/v1/models",
+        "/v1/models?model=m",
+        "/v1/models/m",
+        "/v1/models/org%2Funheard/",
+        "/v1/files",
+        "/v1/messages/batches?model=m",
+        "/v1/load_lora_adapter",
+        "/tokenize?model=m",
+        "/healthz",
+        "/metrics",
+        "/",
+        "/other",
+        "/v1",
+        "*",
+    ] {
+        for method in ["GET", "POST", "PATCH", "DELETE"] {
+            let request = Request::new("OPTIONS", target)
+                .header("Access-Control-Request-Method", method)
+                .header("access-control-request-headers", "x-a, x-b");
+            for (origin, allowed) in [("https://ui.example", true), ("https://evil.example", false)] {
+                let answer = app.ask(&request.clone().header("origin", origin)).await;
+                let what = format!("{method} {target} for {origin}: {:?}", answer.head);
+                assert_eq!(answer.status, 204, "{what}");
+                assert_eq!(answer.header("access-control-allow-origin"), allowed.then_some(origin), "{what}");
+                assert_eq!(answer.header("access-control-allow-headers"), allowed.then_some("x-a, x-b"), "{what}");
+                let methods = answer.header("access-control-allow-methods");
+                assert_eq!(methods.map(|methods| methods.contains(method)), allowed.then_some(true), "{what}");
+                assert!(answer.head.all("vary").contains(&"origin"), "{what}");
+            }
+        }
+    }
+    assert_eq!(upstream.count(), 0);
+    // Without a policy the answer is the same, and allows nothing.
+    let app = TestApp::with(&[&upstream]).await;
+    let preflight = Request::new("OPTIONS", "/v1/chat/completions?model=m")
+        .header("origin", "https://ui.example")
+        .header("access-control-request-method", "POST");
+    let answer = app.ask(&preflight).await;
+    assert_eq!((answer.status, answer.header("access-control-allow-methods")), (204, None));
+    assert_eq!(upstream.count(), 0);
+    // A question about a path that names a model and is no preflight is the backend's.
+    for lines in ["host: p\r\n", "host: p\r\norigin: https://ui.example\r\n"] {
+        let options = Request::new("OPTIONS", "/v1/chat/completions?model=m").only_headers(lines);
+        assert_eq!(app.ask(&options).await.json()["served_by"], "a", "{lines:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_options_that_names_no_model_is_answered_here() {
+    let (upstream, app) = one().await;
+    for target in
+        ["/v1/chat/completions", "/v1/models/m", "/v1/responses/resp_1", "/v1/files", "/other", "*", "/status"]
+    {
+        let answer = app.ask(&Request::new("OPTIONS", target)).await;
+        assert_eq!((answer.status, answer.bytes().len()), (204, 0), "{target}: {:?}", answer.head);
+    }
+    for target in
+        ["/sleep", "/v1/load_lora_adapter", "/v1/x/%2e%2e/sleep", "/other?model=m", "/v1/load_lora_adapter?model=m"]
+    {
+        let status = app.ask(&Request::new("OPTIONS", target)).await.status;
+        assert!(matches!(status, 204 | 404), "{target}: {status}");
+    }
+    assert_eq!(upstream.count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_every_answer_says_that_it_varies_with_the_origin() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let requests = [
+        (Request::chat("m"), 200),
+        (Request::chat("unheard"), 404),
+        (Request::get("/v1/models"), 200),
+        (Request::get("/v1/models/m"), 200),
+        (Request::get("/healthz"), 200),
+        (Request::get("/other"), 404),
+        (Request::new("POST", "/status"), 405),
+        (Request::new("OPTIONS", "/v1/models"), 204),
+        (Request::get("/healthz").only_headers(""), 400),
+        (Request::get("/healthz").header("x y", "1"), 400),
+    ];
+    for (policy, varies) in [("", false), ("https://ui.example", true), ("*", true)] {
+        let knobs = [("PROXY_CORS_ORIGINS", policy)];
+        let app = TestApp::start_with_backends(&knobs[usize::from(policy.is_empty())..], &[&upstream]).await;
+        upstream.script(reply("200 OK", "vary: Accept-Encoding\r\n", "{}"));
+        for (request, status) in &requests {
+            for origin in ["", "https://ui.example", "https://evil.example"] {
+                let request = match origin {
+                    "" => request.clone(),
+                    _ => request.clone().header("origin", origin),
+                };
+                let answer = app.ask(&request).await;
+                assert_eq!(answer.status, *status, "{:?}", answer.head);
+                assert_eq!(answer.head.all("vary").contains(&"origin"), varies, "{policy} {origin}: {:?}", answer.head);
+            }
+        }
+    }
+}
+
+// === Host, Date, Vary, request-id ===
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_a_request_says_which_host_it_asks() {
+    let (upstream, app) = one().await;
+    let json = r#"{"model":"m"}"#;
+    let chat = |start: &str, lines: &str| {
+        format!("{start}\r\ncontent-type: application/json\r\n{lines}content-length: {}\r\n\r\n{json}", json.len())
+    };
+    let origin = "POST /v1/chat/completions HTTP/1.1";
+    let absolute = "POST http://api.example/v1/chat/completions HTTP/1.1";
+    for wire in [
+        chat(origin, ""),
+        chat(origin, "x-forwarded-host: api.example\r\n"),
+        chat(origin, "host: a b\r\n"),
+        chat(origin, "host: a, b\r\n"),
+        chat(origin, "host: user@a\r\n"),
+        chat(origin, "host: http://a/\r\n"),
+        chat(origin, "host: a:port\r\n"),
+        chat(origin, "host: [::1\r\n"),
+        chat(origin, "host: a\r\nhost: a\r\n"),
+        chat(origin, "host: a\r\nHost: b\r\n"),
+        chat(&origin.replace("1.1", "1.0"), "host: a\r\nHost: b\r\n"),
+        chat(&origin.replace("1.1", "1.0"), "host: a/b\r\n"),
+        chat(absolute, ""),
+        chat(&absolute.replace("api.example", "user@api.example"), "host: a\r\n"),
+        chat(&absolute.replace("api.example", ""), "host: a\r\n"),
+        "GET /v1/models HTTP/1.1\r\n\r\n".to_owned(),
+        "GET /healthz HTTP/1.1\r\n\r\n".to_owned(),
+        "OPTIONS * HTTP/1.1\r\n\r\n".to_owned(),
+    ] {
+        let answer = app.client().await.try_ask(wire.as_bytes()).await.unwrap();
+        assert_openai_error(&answer, 400, "invalid_request");
+        assert!(answer.text().contains("ost"), "does not say what is wrong: {}", answer.text());
+    }
+    assert_eq!(upstream.count(), 0);
+    for (index, (wire, host)) in [
+        (chat(origin, "host:\r\n"), None),
+        (chat(origin, "Host: API.example:8080\r\n"), Some("API.example:8080")),
+        (chat(origin, "host: [2001:db8::1]:80\r\n"), Some("[2001:db8::1]:80")),
+        (chat(&origin.replace("1.1", "1.0"), ""), None),
+        (chat(&origin.replace("1.1", "1.0"), "host: a_b.example\r\n"), Some("a_b.example")),
+        (chat(absolute, "host: other\r\n"), Some("api.example")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let answer = app.client().await.try_ask(wire.as_bytes()).await.unwrap();
+        assert_eq!(answer.status, 200, "{wire:?}: {}", answer.text());
+        assert_eq!(upstream.whole(index).await.head.header("x-forwarded-host"), host, "{wire:?}");
+    }
+    // A refused host costs the request and not its connection.
+    let mut client = app.client().await;
+    client.send(chat(origin, "host: a b\r\n")).await;
+    assert_eq!(client.answer().await.status, 400);
+    assert_eq!(client.ask(&Request::chat("m")).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_http_2_says_which_host_it_asks() {
+    let (upstream, app) = one().await;
+    let mut front = connect_h2(app.addr()).await;
+    let body = || full(r#"{"model":"m"}"#);
+    let with_host = |host: &'static str| {
+        let mut request = h2_chat(body());
+        request.headers_mut().append("host", host.parse().unwrap());
+        request
+    };
+    for (request, expected) in [
+        (h2_chat(body()), 200),
+        (with_host("front.test"), 200),
+        (with_host("FRONT.test"), 200),
+        (with_host("other.test"), 400),
+        (hyper::Request::post("http://user@front.test/v1/chat/completions").body(body()).unwrap(), 400),
+    ] {
+        let shown = format!("{:?} {:?}", request.uri(), request.headers());
+        let answer = front.send_request(request).await.unwrap();
+        assert_eq!(answer.status(), expected, "{shown}");
+    }
+    assert_eq!(upstream.count(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r09_http_2_bodies_pass_with_every_method() {
+    let (upstream, app) = one().await;
+    let mut front = connect_h2(app.addr()).await;
+    let pieces = || {
+        let frames = [r#"{"mod"#, r#"el":"m"}"#].map(|piece| Ok::<_, Infallible>(Frame::data(Bytes::from(piece))));
+        BodyExt::boxed(StreamBody::new(futures::stream::iter(frames)))
+    };
+    for (index, method) in ["GET", "DELETE", "POST", "PUT", "PATCH", "QUERY"].into_iter().enumerate() {
+        let request =
+            hyper::Request::builder().method(method).uri("http://front.test/v1/things/t1").body(pieces()).unwrap();
+        let answer = front.send_request(request).await.unwrap();
+        assert_eq!(answer.status(), 200, "{method}");
+        answer.into_body().collect().await.unwrap();
+        let received = upstream.whole(index).await;
+        assert_eq!(received.head.word(0), method);
+        assert_eq!(received.body.bytes, br#"{"model":"m"}"#, "{method}");
+    }
+    // A request without a body stays one.
+    let index = upstream.count();
+    let empty =
+        hyper::Request::get("http://front.test/v1/things/t1").body(BodyExt::boxed(http_body_util::Empty::new()));
+    assert_eq!(front.send_request(empty.unwrap()).await.unwrap().status(), 200);
+    let head = upstream.whole(index).await.head;
+    assert_eq!((head.header("transfer-encoding"), head.header("content-length")), (None, None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r08_a_426_says_what_it_demands() {
+    let (upstream, app) = one().await;
+    upstream.always(reply(
+        "426 Upgrade Required",
+        "upgrade: websocket\r\nconnection: upgrade, x-hop\r\nx-hop: 1\r\n",
+        "{}",
+    ));
+    let mut client = app.client().await;
+    for _ in 0..2 {
+        let answer = client.ask(&Request::get("/v1/realtime?model=m")).await;
+        assert_eq!((answer.status, answer.header("upgrade")), (426, Some("websocket")));
+        assert!(answer.head.all("connection").contains(&"upgrade"), "{:?}", answer.head);
+        assert_eq!(answer.header("x-hop"), None);
+    }
+    let mut front = connect_h2(app.addr()).await;
+    let request = hyper::Request::get("http://front.test/v1/realtime?model=m").body(full("")).unwrap();
+    let answer = front.send_request(request).await.unwrap();
+    assert_eq!((answer.status().as_u16(), answer.headers().get("upgrade")), (426, None), "HTTP/2 knows no upgrade");
+    // Elsewhere it is an offer for a connection that is not the client's.
+    upstream.always(reply("200 OK", "upgrade: h2c\r\nconnection: upgrade\r\n", "{}"));
+    let answer = client.ask(&Request::get("/v1/realtime?model=m")).await;
+    assert_eq!((answer.status, answer.header("upgrade"), answer.header("connection")), (200, None, None));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r08_ndjson_is_not_held_back_by_front_proxies() {
+    let (upstream, app) = one().await;
+    for kind in
+        ["application/x-ndjson", "application/jsonl; charset=utf-8", "application/json-seq", "text/event-stream"]
+    {
+        let headers = format!("content-type: {kind}\r\n");
+        upstream.script(reply("200 OK", &headers, "{}\n"));
+        let answer = app.ask(&Request::post("/api/chat", r#"{"model":"m"}"#)).await;
+        assert_eq!((answer.status, answer.header("x-accel-buffering")), (200, Some("no")), "{kind}");
+    }
+    upstream.script(json_reply("{}"));
+    assert_eq!(app.ask(&Request::chat("m")).await.header("x-accel-buffering"), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r09_http_2_in_clear_text() {
     let (upstream, app) = one().await;
     let mut front = connect_h2(app.addr()).await;

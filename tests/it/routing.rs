@@ -93,6 +93,12 @@ async fn r04_collections_that_no_backend_could_answer_for_are_not_forwarded() {
         "/v1/vector_stores/v/search",
         "/v1/%66iles",
         "/v1/fine_tuning/jobs?limit=2",
+        "/v1/messages/batches",
+        "/v1/messages/batches?limit=2",
+        "/v1/messages/batches/msgbatch_1",
+        "/v1/messages/batches/msgbatch_1/results",
+        "/v1/messages/batches/msgbatch_1/cancel",
+        "/v1/messages/%62atches/",
     ] {
         for request in [Request::get(target), Request::post(target, r#"{"model":"m"}"#)] {
             let answer = app.ask(&request).await;
@@ -266,6 +272,38 @@ async fn r04_the_proxys_own_paths_are_for_reading() {
     let gate = Gate::shut();
     let starting = TestApp::start_with_late_scan(&gate, []).await;
     assert_eq!(starting.ask(&Request::new("OPTIONS", "/readyz")).await.status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r04_a_slash_behind_the_proxys_own_paths_makes_no_difference() {
+    let upstream = Upstream::start("a", &["m", "org/n"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let elsewhere = TestApp::start_with(&[("PROXY_ADMIN_PORT", "0")]).await;
+    for path in ["/healthz/", "/health/", "/readyz/", "/metrics/", "/status/"] {
+        assert_eq!(app.ask(&Request::get(path)).await.status, 200, "{path}");
+        let admin = Client::connect(elsewhere.admin_addr().unwrap()).await.ask(&Request::get(path)).await;
+        assert_eq!(admin.status, 200, "{path} on the admin port");
+    }
+    let list = app.ask(&Request::get("/v1/models")).await;
+    for path in ["/v1/models/", "/v1/models//"] {
+        assert_eq!(app.ask(&Request::get(path)).await.bytes(), list.bytes(), "{path}");
+    }
+    for (path, id) in [
+        ("/v1/models/m/", "m"),
+        ("/v1/models/m%2F", "m"),
+        ("/v1/models/m//", "m"),
+        ("/v1/models/org/n/", "org/n"),
+        ("/v1/models/org%2Fn/?x=1", "org/n"),
+    ] {
+        let answer = app.ask(&Request::get(path)).await;
+        assert_eq!((answer.status, &answer.json()["id"]), (200, &serde_json::json!(id)), "{path}");
+        let answer = app.ask(&Request::get(path).header("anthropic-version", "2023-06-01")).await;
+        assert_eq!((answer.status, &answer.json()["id"]), (200, &serde_json::json!(id)), "{path}");
+    }
+    for path in ["/v1/models/org/", "/v1/models/unheard/"] {
+        assert_openai_error(&app.ask(&Request::get(path)).await, 404, "model_not_found");
+    }
+    assert_eq!(upstream.count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,11 +2,15 @@
 
 use http::{Method, StatusCode};
 use inference_proxy::{
+    error::Dialect,
     http1::{
         body::Framing,
         head::{HEAD_BYTES_MAX, HeadEnd, HeadError, Header, RequestHead, ResponseHead, Version},
     },
-    proxy::headers::{Delivery, Persistence, ToBackend, ToClient, push_interim, push_request, push_response},
+    proxy::{
+        cors::CrossOrigin,
+        headers::{Common, Delivery, Persistence, ToBackend, ToClient, push_interim, push_request, push_response},
+    },
 };
 
 use super::arrivals;
@@ -251,7 +255,7 @@ fn check_sent_request(out: &[u8], head: &RequestHead, plain: &Plain<'_>, to: &To
         Some((_, value)) => value.extend_from_slice(format!(", {ip}").as_bytes()),
         None => added.push(("x-forwarded-for", ip.into_bytes())),
     }
-    if let (Some(host), false) = (head.host(), plain.has("x-forwarded-host")) {
+    if let (Some(host @ [_, ..]), false) = (head.host(), plain.has("x-forwarded-host")) {
         added.push(("x-forwarded-host", host.to_vec()));
     }
     if !plain.has("x-forwarded-proto") {
@@ -298,7 +302,10 @@ fn check_response(bytes: &[u8]) {
         for connection in [Persistence::Unsaid, Persistence::KeepAlive, Persistence::Close, Persistence::Upgrade] {
             for origin in [None, Some(&b"https://ui.example"[..])] {
                 let (authority, base_path) = ("10.0.0.1:8000", "/api/v1");
-                let to = ToClient { framing, request_id: b"id-1", connection, origin, authority, base_path };
+                let cross_origin = origin.map_or(CrossOrigin::Unsaid, CrossOrigin::Allowed);
+                let dialect = if origin.is_some() { Dialect::Anthropic } else { Dialect::OpenAi };
+                let common = Common { request_id: b"id-1", dialect, connection, cross_origin };
+                let to = ToClient { framing, common, authority, base_path };
                 let mut out = Vec::new();
                 push_response(&mut out, &head, &to);
                 check_sent_response(&out, &head, &plain, &to);
@@ -330,27 +337,37 @@ fn check_sent_response(out: &[u8], head: &ResponseHead, plain: &Plain<'_>, to: &
         Delivery::Chunked => assert_eq!(sent.all("transfer-encoding"), [b"chunked"]),
         Delivery::UntilClose => assert!(!sent.has("transfer-encoding") && !sent.has("content-length")),
     }
-    let connection: &[&[u8]] = match to.connection {
+    let said = to.common.connection;
+    let demands = head.status == StatusCode::UPGRADE_REQUIRED && plain.has("upgrade");
+    let connection: &[&[u8]] = match said {
+        Persistence::Unsaid if demands => &[b"upgrade"],
         Persistence::Unsaid => &[],
+        Persistence::KeepAlive if demands => &[b"upgrade", b"keep-alive"],
         Persistence::KeepAlive => &[b"keep-alive"],
+        Persistence::Close if demands => &[b"upgrade", b"close"],
         Persistence::Close => &[b"close"],
         Persistence::Upgrade => &[b"upgrade"],
     };
     assert_eq!(sent.all("connection"), connection);
-    let upgrade = if to.connection == Persistence::Upgrade { plain.all("upgrade") } else { vec![] };
+    let upgrade = if demands || said == Persistence::Upgrade { plain.all("upgrade") } else { vec![] };
     assert_eq!(sent.all("upgrade"), upgrade);
     for name in ["keep-alive", "proxy-connection", "te"] {
         assert!(!sent.has(name), "{name} has passed");
     }
-    if let Some(origin) = to.origin {
+    if let CrossOrigin::Allowed(origin) = to.common.cross_origin {
         assert_eq!(sent.all("access-control-allow-origin"), [origin]);
+    }
+    if to.common.dialect == Dialect::Anthropic {
+        let passes = |name: &str| plain.end_to_end().find(|(other, _)| name.eq_ignore_ascii_case(other));
+        let theirs = passes("request-id").or_else(|| passes("x-request-id")).map(|(_, value)| value);
+        assert_eq!(sent.all("request-id").first().copied(), Some(theirs.unwrap_or(b"id-1")));
     }
     let is_theirs = |name: &str| {
         let gone = |other: &str| name.eq_ignore_ascii_case(other);
         !(gone("content-length")
             || gone("location")
             || to.framing == Delivery::UntilClose && gone("trailer")
-            || to.origin.is_some() && gone("access-control-allow-origin"))
+            || to.common.cross_origin.is_allowed() && gone("access-control-allow-origin"))
     };
     // The backend's lines come first and in their order, then the proxy's own.
     let theirs: Vec<_> = plain.end_to_end().filter(|(name, _)| is_theirs(name)).collect();
@@ -361,7 +378,10 @@ fn check_sent_response(out: &[u8], head: &ResponseHead, plain: &Plain<'_>, to: &
         .filter(|(name, _)| is_theirs(name) && !HOP_BY_HOP.contains(&&*name.to_ascii_lowercase()));
     assert_eq!(passed.by_ref().take(theirs.len()).collect::<Vec<_>>(), theirs);
     let added: Vec<_> = passed.collect();
-    assert!(added.iter().all(|(name, _)| ["x-request-id", "x-accel-buffering", "vary"].contains(name)), "{added:?}");
+    assert!(
+        added.iter().all(|(name, _)| ["x-request-id", "request-id", "x-accel-buffering", "vary"].contains(name)),
+        "{added:?}"
+    );
     // A redirect to the backend itself is one to a place here, any other is left alone.
     let (theirs, ours) =
         (plain.end_to_end().filter(|(name, _)| name.eq_ignore_ascii_case("location")), sent.all("location"));
