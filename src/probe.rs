@@ -4,6 +4,8 @@
 //! decided in [`crate::lifecycle`]. A backend's answer is hostile input: it is bounded in time, size and count, redirects
 //! are answers like any other that is not 200, and nothing of it is used before all of it has been checked.
 
+mod object;
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -366,6 +368,8 @@ struct RawModel {
 
 /// Checks the answer of `/models`. The error completes "answered, but …".
 fn parse_models(body: &[u8]) -> Result<Vec<Arc<ModelObject>>, String> {
+    // RFC 8259, 8.1: a byte order mark may be ignored. It stands before the list, and is in no object.
+    let body = body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body);
     let listing: RawListing<'_> =
         serde_json::from_slice(body).map_err(|e| format!("not with a JSON object that holds a list `data`: {e}"))?;
     if listing.data.is_empty() {
@@ -377,8 +381,9 @@ fn parse_models(body: &[u8]) -> Result<Vec<Arc<ModelObject>>, String> {
     let mut models: Vec<Arc<ModelObject>> = Vec::with_capacity(listing.data.len());
     let mut ids = std::collections::HashSet::with_capacity(listing.data.len());
     for raw in listing.data {
+        object::check(raw.get())?;
         let model: RawModel =
-            serde_json::from_str(raw.get()).map_err(|e| format!("a model has no usable `id`: {e}"))?;
+            serde_json::from_str(raw.get()).map_err(|e| format!("a model object cannot be used: {e}"))?;
         if model.id.is_empty() || model.id.len() > ID_BYTES_MAX {
             return Err(format!("a model id has {} bytes; 1 to {ID_BYTES_MAX} are taken", model.id.len()));
         }
@@ -435,6 +440,29 @@ mod tests {
         assert_eq!(ids(&listing).unwrap(), ["/models/my model.gguf", r"C:\m", "模型/я-é-e\u{301}", "🦀"]);
     }
 
+    /// A list of two models, of which the second one has this value in its object.
+    fn in_object(value: &str) -> String {
+        format!(r#"{{"data":[{{"id":"m"}},{{"id":"n","x":{value}}}]}}"#)
+    }
+
+    #[test]
+    fn a_byte_order_mark_before_the_list_is_ignored() {
+        assert_eq!(ids("\u{feff}{\"data\":[{\"id\":\"m\"}]}").unwrap(), ["m"]);
+    }
+
+    #[test]
+    fn text_that_is_not_utf8_is_refused() {
+        for body in [
+            &b"{\"data\":[{\"id\":\"m\",\"x\":\"\xff\"}]}"[..],
+            b"{\"data\":[{\"id\":\"m\",\"x\":\"\xed\xa0\xbd\"}]}",
+            b"{\"data\":[{\"id\":\"m\",\"\xc3\":1}]}",
+            b"\xff\xfe{\0}\0",
+        ] {
+            let error = parse_models(body).unwrap_err();
+            assert!(error.contains("JSON"), "{error}");
+        }
+    }
+
     #[test]
     fn unusable_listings_are_refused_with_a_reason() {
         let many = format!(r#"{{"data":[{}]}}"#, vec![r#"{"id":"x"}"#; MODELS_MAX + 1].join(","));
@@ -458,6 +486,15 @@ mod tests {
             (many.as_str(), "at most 1024"),
             (long.as_str(), "257 bytes"),
             (deep.as_str(), "JSON"),
+            (r#"{"data":[{"id":"m"},{"id":"n","created":"today"}]}"#, "a model object cannot be used"),
+            (in_object(&format!("{}{}", "[".repeat(100_000), "]".repeat(100_000))).as_str(), "32 levels"),
+            (in_object(&format!("{}{}", "[".repeat(20_000), "]".repeat(20_000))).as_str(), "32 levels"),
+            (in_object(r#""\ud83e""#).as_str(), "surrogate"),
+            (in_object("1e999").as_str(), "number out of range"),
+            (in_object("NaN").as_str(), "JSON"),
+            (in_object(r#"1,"x":1"#).as_str(), r#"the key "x" twice"#),
+            (in_object(&format!(r#""{}""#, "x".repeat(70_000))).as_str(), "at most 65536 are taken"),
+            ("\u{feff}\u{feff}{\"data\":[{\"id\":\"m\"}]}", "JSON"),
         ] {
             let error = ids(body).unwrap_err();
             assert!(error.contains(reason), "{error} should mention {reason}");

@@ -160,7 +160,8 @@ impl ModelObject {
     pub fn to_anthropic(&self) -> Value {
         let created =
             OffsetDateTime::from_unix_timestamp(self.created.unwrap_or(0)).unwrap_or(OffsetDateTime::UNIX_EPOCH);
-        let created_at = created.format(&Rfc3339).unwrap_or_default();
+        // RFC 3339 has no years before 0: clients would fail on an empty date, and with it on the whole list.
+        let created_at = created.format(&Rfc3339).unwrap_or_else(|_| "1970-01-01T00:00:00Z".to_owned());
         json!({ "type": "model", "id": self.id, "display_name": self.id, "created_at": created_at })
     }
 }
@@ -288,6 +289,22 @@ mod tests {
         assert_eq!(anthropic["has_more"], false);
         assert_eq!(anthropic["data"][1]["created_at"], "2023-11-14T22:13:20Z");
         assert_eq!(RoutingTable::default().openai_list(), r#"{"object":"list","data":[]}"#);
+    }
+
+    #[test]
+    fn every_time_of_creation_becomes_a_date() {
+        for (created, expected) in [
+            (Some(1_700_000_000), "2023-11-14T22:13:20Z"),
+            (Some(0), "1970-01-01T00:00:00Z"),
+            (None, "1970-01-01T00:00:00Z"),
+            (Some(-100_000_000_000), "1970-01-01T00:00:00Z"),
+            (Some(1_700_000_000_000), "1970-01-01T00:00:00Z"),
+            (Some(i64::MAX), "1970-01-01T00:00:00Z"),
+            (Some(i64::MIN), "1970-01-01T00:00:00Z"),
+        ] {
+            let object = ModelObject { created, ..(*object("m", r#"{"id":"m"}"#)).clone() };
+            assert_eq!(object.to_anthropic()["created_at"], expected, "{created:?}");
+        }
     }
 
     #[test]

@@ -147,6 +147,49 @@ async fn d12_a_refresh_follows_the_backend_and_one_failure_removes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn d13_an_object_that_clients_cannot_read_spoils_no_list() {
+    let objects = [
+        (
+            "nested too deep",
+            format!(r#"{{"id":"bad","x":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000)),
+            "levels deep",
+        ),
+        ("half a pair", r#"{"id":"bad","x":"\ud83e"}"#.to_owned(), "surrogate"),
+        ("too long", format!(r#"{{"id":"bad","x":"{}"}}"#, "x".repeat(70_000)), "65536"),
+        ("beyond a double", r#"{"id":"bad","x":1e999}"#.to_owned(), "out of range"),
+        ("no number", r#"{"id":"bad","x":NaN}"#.to_owned(), "JSON"),
+        ("a key twice", r#"{"id":"bad","owned_by":"a","owned_by":"b"}"#.to_owned(), "twice"),
+    ];
+    let good = Upstream::start("good", &["m"]).await;
+    let app = TestApp::start_with_backends(&[("PROXY_MODELS_REFRESH", "1s")], &[&good]).await;
+    for (what, object, reason) in objects {
+        let list = format!(r#"{{"object":"list","data":[{object}]}}"#);
+        let bad = Upstream::start("bad", &[]).await;
+        bad.set_models(&list);
+        app.announce(Spec::of(&bad)).await;
+        eventually(what, async || {
+            let status = app.ask(&Request::get("/status")).await.json();
+            let backends = status["containers"].as_array().unwrap();
+            let told = backends.iter().find(|one| one["name"] == "bad").map(ToString::to_string);
+            told.is_some_and(|told| told.contains(reason))
+        })
+        .await;
+        for dialect in ["", "2023-06-01"] {
+            let answer = app.ask(&Request::get("/v1/models").header("anthropic-version", dialect)).await;
+            assert_eq!(answer.json()["data"][0]["id"], "m", "{what}: {}", answer.text());
+            assert_eq!(answer.json()["data"].as_array().unwrap().len(), 1, "{what}");
+        }
+        app.ended("bad").await;
+        // One that turns bad keeps what it has said before.
+        let probes = good.probes();
+        good.set_models(list);
+        eventually("a refresh has failed", async || good.probes() > probes + 1).await;
+        app.models_are(&["m"]).await;
+        good.set_models(r#"{"object":"list","data":[{"id":"m"}]}"#);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r03_models_are_not_deleted_through_the_proxy() {
     let upstream = Upstream::start("a", &["m"]).await;
     let app = TestApp::with(&[&upstream]).await;
