@@ -152,6 +152,11 @@ impl Replay {
         self.scanner.as_ref().map_or(usize::MAX, ModelScanner::bite_bytes)
     }
 
+    /// How much has come out of the decoder of a compressed body, in bytes: that, and not what was sent, takes the time.
+    pub fn decoded_bytes(&self) -> u64 {
+        self.scanner.as_ref().map_or(0, ModelScanner::decoded_bytes)
+    }
+
     /// Looks at a stretch of payload and keeps it; and the end of the body, once it has come.
     fn keep(&mut self, payload: &[u8], model_is_known: bool) -> Result<(), BodyFault> {
         let is_over = self.decoder.is_done();

@@ -194,17 +194,11 @@ impl Attempt {
                     Poll::Ready(Ok(BodyWait::More)) => {}
                 }
             }
-            let is_partial = client.feed(replay, true)?;
-            if replay.is_over() {
-                client.expect_nothing()
-            } else {
-                client.expect_body()
-            }
-            if is_partial && !replay.is_over() {
-                // Others first: polled once, it has this task woken when they have had their turn, sockets included.
-                let _ = std::pin::pin!(tokio::task::yield_now()).poll(cx);
+            if client.poll_turn(cx).is_pending() {
                 return Ok(());
             }
+            client.feed(replay, true)?;
+            if replay.is_over() { client.expect_nothing() } else { client.expect_body() }
         }
     }
 

@@ -22,6 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
+use super::turn::Turn;
 use crate::{
     http1::head::{HeadEnd, HeadError, RequestHead},
     replay::{BodyFault, Replay},
@@ -45,6 +46,8 @@ const HEAD_TIMEOUT_AT_SHUTDOWN: Duration = Duration::from_secs(1);
 const DISCARD_BYTES_MAX: u64 = 8 * 1024 * 1024;
 /// For how long.
 const DISCARD_TIME: Duration = Duration::from_secs(2);
+/// How much is decoded of a compressed body before others have a turn: about half a millisecond.
+const DECODED_BYTES_A_TURN: u64 = 64 * 1024;
 /// Buffers larger than this are given back when they are empty.
 const KEPT_BYTES_MAX: usize = 4 * 1024;
 
@@ -87,6 +90,8 @@ pub struct Client<S> {
     deadline: Deadline,
     closing: Closing,
     has_left: bool,
+    /// More of a body can be decoded, when others have been served.
+    turn: Option<Turn>,
 }
 
 /// The client has closed its connection, or it broke.
@@ -137,6 +142,7 @@ impl<S: Transport> Client<S> {
             deadline: Deadline { at: None, timer: Box::pin(sleep_until(Instant::now())), is_armed: false },
             closing,
             has_left: false,
+            turn: None,
         }
     }
 
@@ -203,6 +209,7 @@ impl<S: Transport> Client<S> {
 
     /// Reads the head of the next request into `head`.
     pub async fn next(&mut self, head: &mut RequestHead) -> Next {
+        self.turn = None;
         let mut end = HeadEnd::default();
         let mut begun = has_begun(self.unread());
         self.deadline.at = Some(Instant::now() + if begun { HEAD_TIMEOUT } else { IDLE_TIMEOUT });
@@ -262,12 +269,28 @@ impl<S: Transport> Client<S> {
     /// # Errors
     /// The body cannot be passed on.
     pub fn feed(&mut self, body: &mut Replay, model_is_known: bool) -> Result<bool, BodyFault> {
-        let unread = self.unread();
-        let bite = unread.len().min(body.bite_bytes());
-        let is_partial = bite < unread.len();
-        let (taken, kept) = body.take_in(&unread[..bite], model_is_known);
-        self.take(taken);
-        kept.map(|()| is_partial)
+        self.turn = None;
+        let enough = body.decoded_bytes().saturating_add(DECODED_BYTES_A_TURN);
+        loop {
+            let unread = self.unread();
+            let bite = unread.len().min(body.bite_bytes());
+            let is_last = bite == unread.len();
+            let (taken, kept) = body.take_in(&unread[..bite], model_is_known);
+            self.take(taken);
+            kept?;
+            if is_last || taken == 0 || body.is_over() {
+                return Ok(false);
+            }
+            if body.decoded_bytes() >= enough {
+                self.turn = Some(Turn::begin());
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Ready when [`feed`](Self::feed) may be called: others go first if it has left something.
+    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.turn.as_mut().map_or(Poll::Ready(()), |turn| turn.poll(cx))
     }
 
     /// From now on the client is expected to go on with its body.
@@ -277,6 +300,7 @@ impl<S: Transport> Client<S> {
 
     /// The client is not expected to send anything.
     pub fn expect_nothing(&mut self) {
+        self.turn = None;
         self.deadline.at = None;
     }
 

@@ -29,6 +29,7 @@ mod send;
 mod status;
 pub mod trace;
 pub mod tunnel;
+mod turn;
 
 use std::{
     net::IpAddr,
@@ -407,8 +408,7 @@ impl Proxy {
                 break;
             }
             if is_partial {
-                // Others first.
-                tokio::task::yield_now().await;
+                std::future::poll_fn(|cx| client.poll_turn(cx)).await;
             } else {
                 let began = Instant::now();
                 let came = client.more_body().await?;

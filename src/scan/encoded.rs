@@ -8,16 +8,23 @@ use flate2::write::MultiGzDecoder;
 
 use super::{Format, ScanError};
 
-/// What may be decoded whatever was sent, in bytes.
-const DECODED_BYTES_FREE: u64 = 64 * 1024 * 1024;
+/// What may be decoded whatever was sent, in bytes. It costs some milliseconds.
+const DECODED_BYTES_FREE: u64 = 1024 * 1024;
 /// How many times its size a larger body may decode to. Text comes to some twenty, all zeros to a thousand.
 const RATIO_MAX: u64 = 200;
-/// How much of a body is best decoded at a time: a kilobyte may come to a megabyte.
-pub(super) const BITE_BYTES: usize = 1024;
+/// How much of a body is best decoded at a time. A byte comes to 1032 at most, so the smaller bite comes to 64 KiB; the
+/// larger one is for text, which would else be decoded in very small pieces, and comes to 256 KiB if it was not text.
+const BITE_BYTES_MIN: usize = 64;
+const BITE_BYTES_MAX: usize = 256;
+/// What comes to more than this many times its size is not taken for text.
+const TEXT_RATIO_MAX: u64 = 32;
 
 /// Looks for the key in a body with `Content-Encoding: gzip`.
 #[derive(Debug)]
-pub(super) struct GzipScanner(MultiGzDecoder<Decoded>);
+pub(super) struct GzipScanner {
+    decoder: MultiGzDecoder<Decoded>,
+    bite_bytes: usize,
+}
 
 /// Takes in what comes out of the decoder.
 #[derive(Debug)]
@@ -34,34 +41,48 @@ struct Decoded {
 impl GzipScanner {
     /// A scanner for a body that is of this format when decoded.
     pub(super) fn new(format: Format) -> GzipScanner {
-        GzipScanner(MultiGzDecoder::new(Decoded { format, failure: None, sent_bytes: 0, decoded_bytes: 0 }))
+        let decoded = Decoded { format, failure: None, sent_bytes: 0, decoded_bytes: 0 };
+        GzipScanner { decoder: MultiGzDecoder::new(decoded), bite_bytes: BITE_BYTES_MIN }
+    }
+
+    /// How much is best fed next.
+    pub(super) fn bite_bytes(&self) -> usize {
+        self.bite_bytes
     }
 
     pub(super) fn feed(&mut self, chunk: &[u8]) -> Result<(), ScanError> {
-        self.0.get_mut().sent_bytes += chunk.len() as u64;
+        self.decoder.get_mut().sent_bytes += chunk.len() as u64;
+        let before = self.decoded_bytes();
         // The decoder hands out what is complete when it is asked to.
-        self.0.write_all(chunk).and_then(|()| self.0.flush()).map_err(|_| self.fault())
+        self.decoder.write_all(chunk).and_then(|()| self.decoder.flush()).map_err(|_| self.fault())?;
+        let is_text = self.decoded_bytes() - before <= TEXT_RATIO_MAX * chunk.len() as u64;
+        self.bite_bytes = if is_text { BITE_BYTES_MAX } else { BITE_BYTES_MIN };
+        Ok(())
     }
 
     pub(super) fn finish(&mut self) -> Result<(), ScanError> {
         // An empty body is none that was compressed: its sender should be told what is missing.
-        if self.0.get_ref().sent_bytes > 0 {
-            self.0.try_finish().map_err(|_| self.fault())?;
+        if self.decoder.get_ref().sent_bytes > 0 {
+            self.decoder.try_finish().map_err(|_| self.fault())?;
         }
-        self.0.get_mut().format.finish()
+        self.decoder.get_mut().format.finish()
+    }
+
+    pub(super) fn decoded_bytes(&self) -> u64 {
+        self.decoder.get_ref().decoded_bytes
     }
 
     pub(super) fn format(&self) -> &Format {
-        &self.0.get_ref().format
+        &self.decoder.get_ref().format
     }
 
     pub(super) fn format_mut(&mut self) -> &mut Format {
-        &mut self.0.get_mut().format
+        &mut self.decoder.get_mut().format
     }
 
     /// Why decoding failed: because of what came out, or because of what went in.
     fn fault(&self) -> ScanError {
-        self.0.get_ref().failure.clone().unwrap_or(ScanError::InvalidGzip)
+        self.decoder.get_ref().failure.clone().unwrap_or(ScanError::InvalidGzip)
     }
 }
 

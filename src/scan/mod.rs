@@ -163,7 +163,15 @@ impl ModelScanner {
     pub fn bite_bytes(&self) -> usize {
         match &self.format {
             Format::Json(_) | Format::Form(_) => usize::MAX,
-            Format::Gzip(_) => encoded::BITE_BYTES,
+            Format::Gzip(gzip) => gzip.bite_bytes(),
+        }
+    }
+
+    /// How much has come out of the decoder, in bytes; 0 for a body that is not compressed.
+    pub fn decoded_bytes(&self) -> u64 {
+        match &self.format {
+            Format::Json(_) | Format::Form(_) => 0,
+            Format::Gzip(gzip) => gzip.decoded_bytes(),
         }
     }
 

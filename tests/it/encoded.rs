@@ -4,7 +4,13 @@
 //! The bytes are made by hand (RFC 1951, RFC 1952): a mistake of a library that the proxy is built on must not be able to
 //! hide itself.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
 
 use crate::support::*;
 
@@ -126,13 +132,22 @@ fn coded(coding: &str, body: impl AsRef<[u8]>) -> Request {
     Request::post("/v1/chat/completions", body).header("Content-Encoding", coding)
 }
 
-/// `{"prompt":"…","model":"right"}` with a prompt of at least `len` bytes, and its gzip.
+/// Runs of at least `len` bytes in all that come to some hundred times their size, as no text does and a bomb does ten times.
+fn runs<'a>(len: usize) -> Vec<Piece<'a>> {
+    (0..=len / (2 * RUN_FACTOR)).map(|_| Piece::Run(2)).collect()
+}
+
+/// The gzip of `begin`, runs of `len` bytes, and `end`.
+fn around_runs(begin: &[u8], len: usize, end: &[u8]) -> Vec<u8> {
+    let mut pieces = vec![Piece::Stored(begin)];
+    pieces.extend(runs(len));
+    pieces.push(Piece::Stored(end));
+    gzip_pieces(&pieces)
+}
+
+/// `{"prompt":"…","model":"right"}` with a prompt of at least `len` bytes, as gzip.
 fn model_last(len: usize) -> Vec<u8> {
-    gzip_pieces(&[
-        Piece::Stored(br#"{"prompt":"\"model\":\"wrong\" "#),
-        Piece::Run(len / RUN_FACTOR + 1),
-        Piece::Stored(br#"","model":"right"}"#),
-    ])
+    around_runs(br#"{"prompt":"\"model\":\"wrong\" "#, len, br#"","model":"right"}"#)
 }
 
 // === impl Fork ===
@@ -315,7 +330,7 @@ async fn r01_two_models_far_apart_in_a_gzip_body_are_refused() {
     let text = "text ".repeat(MIB);
     let bodies = [
         gzip_pieces(&[Piece::Stored(begin), Piece::Stored(text.as_bytes()), Piece::Stored(end)]),
-        gzip_pieces(&[Piece::Stored(begin), Piece::Run(5 * MIB / RUN_FACTOR), Piece::Stored(end)]),
+        around_runs(begin, 5 * MIB, end),
         [gzip(begin), gzip(&text), gzip(end)].concat(),
     ];
     for body in &bodies {
@@ -525,6 +540,71 @@ async fn h01_what_is_held_of_a_gzip_body_is_what_was_sent() {
     let growth = proxy.peak_resident().saturating_sub(before);
     println!("h01: 40 MiB in {} bytes: {growth} bytes of memory", body.len());
     assert!(growth < 16 * MIB as u64, "{growth} bytes of memory for {} bytes", body.len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_a_small_body_that_swells_is_put_out_after_a_mebibyte() {
+    let fork = Fork::start().await;
+    // A mebibyte is free, however little was sent.
+    for (mib, refused) in [(0.9, false), (2.0, true), (20.0, true)] {
+        let run = Piece::Run((mib * MIB as f64) as usize / RUN_FACTOR);
+        let last = gzip_pieces(&[Piece::Stored(br#"{"p":""#), run, Piece::Stored(br#"","model":"right"}"#)]);
+        let run = Piece::Run((mib * MIB as f64) as usize / RUN_FACTOR);
+        let first = gzip_pieces(&[Piece::Stored(br#"{"model":"right","p":""#), run, Piece::Stored(br#""}"#)]);
+        for (what, body) in [("model last", last), ("model first", first)] {
+            let whole = coded("gzip", &body);
+            let chunked = Request::new("POST", "/v1/completions").header("content-encoding", "gzip");
+            for request in [whole, chunked.chunks(body.chunks(1000))] {
+                if refused {
+                    assert_openai_error(&fork.app.ask(&request).await, 413, "request_too_large");
+                } else {
+                    fork.assert_served(&request, &body, "gzip", what).await;
+                }
+            }
+        }
+    }
+    assert_eq!(fork.wrong.count(), 0);
+}
+
+/// How many clients send bombs at a time.
+const BOMBERS: usize = 64;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn h01_many_bodies_that_swell_keep_nobody_waiting() {
+    let upstream = Upstream::start("a", &["right"]).await;
+    let proxy = ProxyProcess::start(&[], &[&upstream]).await;
+    let bomb = gzip_pieces(&[Piece::Stored(br#"{"p":""#), Piece::Run(62_000), Piece::Stored(br#"","model":"right"}"#)]);
+    let request = Arc::new(coded("gzip", bomb).bytes());
+    let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let mut bombers = Vec::new();
+    for _ in 0..BOMBERS {
+        let (addr, request, stop, rounds) = (proxy.addr, request.clone(), stop.clone(), rounds.clone());
+        bombers.push(tokio::spawn(async move {
+            while !stop.load(Relaxed) {
+                let mut client = Client::connect(addr).await;
+                client.send(request.as_slice()).await;
+                let status = client.answer().await.status;
+                assert_eq!(status, 413);
+                rounds.fetch_add(1, Relaxed);
+            }
+        }));
+    }
+    let mut client = Client::connect(proxy.addr).await;
+    let mut times = Vec::new();
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(5) {
+        let sent = Instant::now();
+        assert_eq!(client.ask(&Request::chat("right")).await.status, 200);
+        times.push(sent.elapsed());
+    }
+    stop.store(true, Relaxed);
+    times.sort();
+    let (p50, p99) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+    println!("h01: {} bombs: p50 {p50:?}, p99 {p99:?} of {} requests", rounds.load(Relaxed), times.len());
+    assert!(p50 < Duration::from_millis(250), "others waited {p50:?} (p50), {p99:?} (p99)");
+    for bomber in bombers {
+        bomber.abort();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
