@@ -1,4 +1,4 @@
-//! The proxy on a real Docker Engine: one test for each line of the acceptance list, by its number.
+//! The proxy on a real Docker Engine: one test for each line of the acceptance list (`tests/README.md`), by its number.
 //!
 //! Everything is seen from outside. Containers of the image under test run as the proxy and, by its `demo-backend`
 //! subcommand, as inference servers; tests act with the `docker` command and judge by answers, by the engine's own events

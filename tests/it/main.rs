@@ -1,6 +1,6 @@
 //! The integration suite: the whole proxy in this process, real sockets, no Docker.
 //!
-//! One binary, one module per part of the acceptance list; the name of a test starts with the point that it checks
+//! One binary, one module per part of the acceptance list (`tests/README.md`); a test name starts with its line
 //! (`r01_…` is R1, `s02_…` is S2). Backends are scripted on raw TCP, so that they can break every rule of HTTP, and
 //! clients work with bytes, so that they can stall, half-close and vanish. Containers come from a hand-fed discovery.
 //!
