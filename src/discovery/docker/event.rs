@@ -103,13 +103,15 @@ pub(super) struct Seen {
     order: VecDeque<u64>,
     keys: HashSet<u64>,
     hasher: RandomState,
-    /// Time of the newest event.
+    /// Time of the event that was heard last, but not later than the clock was then: a subscription that begins again
+    /// must not begin in the future.
     pub(super) newest_nanos: Option<i64>,
 }
 
 impl Seen {
-    /// Whether this is the first time; remembers it.
-    pub(super) fn is_new(&mut self, notice: &Notice) -> bool {
+    /// Whether this is the first time; remembers it. `now_nanos` is the time of this machine.
+    pub(super) fn is_new(&mut self, notice: &Notice, now_nanos: i64) -> bool {
+        self.newest_nanos = Some(notice.time_nanos.min(now_nanos));
         let kind = std::mem::discriminant(&notice.kind);
         let key = self.hasher.hash_one((&notice.id, notice.time_nanos, kind));
         if !self.keys.insert(key) {
@@ -121,7 +123,6 @@ impl Seen {
         {
             self.keys.remove(&oldest);
         }
-        self.newest_nanos = self.newest_nanos.max(Some(notice.time_nanos));
         true
     }
 }
@@ -274,8 +275,8 @@ mod tests {
         assert!(networks[0] == networks[1] && networks[2] == networks[3] && networks[0] != networks[2]);
         // Repetitions are told apart from news by their time: two events, both are news.
         let mut seen = Seen::default();
-        assert!(notices.iter().all(|notice| seen.is_new(notice)));
-        assert!(!notices.iter().any(|notice| seen.is_new(notice)), "all of them replayed");
+        assert!(notices.iter().all(|notice| seen.is_new(notice, i64::MAX)));
+        assert!(!notices.iter().any(|notice| seen.is_new(notice, i64::MAX)), "all of them replayed");
     }
 
     #[test]
@@ -300,13 +301,19 @@ mod tests {
         let mut seen = Seen::default();
         let at =
             |time_nanos| Notice { id: "c".into(), kind: Kind::Paused, action: "pause", time_nanos, labelled: true };
-        assert!(seen.is_new(&at(1)) && !seen.is_new(&at(1)) && seen.is_new(&at(2)));
-        assert!(seen.is_new(&Notice { kind: Kind::Ended, ..at(1) }));
+        let mut is_new = |notice: &Notice, now| seen.is_new(notice, now);
+        assert!(is_new(&at(1), 9) && !is_new(&at(1), 9) && is_new(&at(2), 9));
+        assert!(is_new(&Notice { kind: Kind::Ended, ..at(1) }, 9));
         for time in 0..5_000 {
-            seen.is_new(&at(time));
+            is_new(&at(time), i64::MAX);
         }
         assert_eq!(seen.order.len(), REMEMBERED);
         assert_eq!(seen.keys.len(), REMEMBERED);
         assert_eq!(seen.newest_nanos, Some(4_999));
+        // A clock that was ahead, and one that was put back.
+        seen.is_new(&at(9_000_000), 6_000);
+        assert_eq!(seen.newest_nanos, Some(6_000));
+        seen.is_new(&at(3_000), 6_001);
+        assert_eq!(seen.newest_nanos, Some(3_000));
     }
 }

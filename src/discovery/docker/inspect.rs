@@ -45,7 +45,18 @@ pub(super) struct Inspected {
     stop_grace: Duration,
     pub(super) wiring: Wiring,
     network_owner: Option<String>,
+    pub(super) shared: Option<Shared>,
     exposed_tcp: Vec<u16>,
+}
+
+/// Which run of a container was found beside which run of the owner of its network, and whether the one is in the network
+/// of the other. Kept from look to look, because times alone do not tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Shared {
+    own_run: i64,
+    owner: String,
+    owner_run: i64,
+    is_joined: bool,
 }
 
 /// What is known of the proxy's own place, and of what the user set for all containers.
@@ -56,6 +67,8 @@ pub(super) struct Context {
     pub(super) default_network: Option<String>,
     /// Ports that the proxy itself listens on.
     pub(super) own_ports: Vec<u16>,
+    /// For a proxy that runs in the network of another container.
+    pub(super) shared: Option<Shared>,
 }
 
 impl Inspected {
@@ -106,6 +119,7 @@ impl Inspected {
                 compose_project: labels.get("com.docker.compose.project").cloned(),
             },
             network_owner,
+            shared: None,
             exposed_tcp,
             labels,
         })
@@ -116,14 +130,40 @@ impl Inspected {
         self.network_owner.as_deref()
     }
 
-    /// Takes the network of `owner`, the container in whose network namespace this one runs.
-    pub(super) fn share_network_of(&mut self, owner: Option<&Inspected>) {
-        let usable = owner.filter(|o| o.phase == Phase::Running && o.started_nanos <= self.started_nanos);
-        if let Some(owner) = usable {
+    /// Takes the network of `owner`, the container in whose network namespace this one runs. `before` is what was found the
+    /// last time; `now_nanos` is the time of this machine.
+    pub(super) fn share_network_of(&mut self, owner: Option<&Inspected>, before: Option<&Shared>, now_nanos: i64) {
+        let Some(owner) = owner.filter(|owner| owner.phase == Phase::Running) else {
+            self.shared = before.cloned();
+            return;
+        };
+        let is_same_owner = |shared: &&Shared| shared.owner == owner.id;
+        let is_joined = match before.filter(is_same_owner) {
+            // An owner that was started again has another network namespace; a container that was started again has joined
+            // the one that there is.
+            Some(shared) => match (shared.own_run == self.started_nanos, shared.owner_run == owner.started_nanos) {
+                (true, true) => shared.is_joined,
+                (true, false) => false,
+                (false, true) => true,
+                (false, false) => self.is_younger_than(owner, now_nanos),
+            },
+            None => self.is_younger_than(owner, now_nanos),
+        };
+        let (own_run, owner_run) = (self.started_nanos, owner.started_nanos);
+        self.shared = Some(Shared { own_run, owner: owner.id.clone(), owner_run, is_joined });
+        if is_joined {
             self.wiring.mode = owner.wiring.mode.clone();
             self.wiring.attachments.clone_from(&owner.wiring.attachments);
             self.wiring.published.clone_from(&owner.wiring.published);
         }
+    }
+
+    /// Whether it was started after `owner`, as far as their times tell. A time ahead of the clock tells nothing: the clock
+    /// has been put back since.
+    fn is_younger_than(&self, owner: &Inspected, now_nanos: i64) -> bool {
+        let is_time = self.started_nanos > 0 && owner.started_nanos > 0;
+        let is_ahead = owner.started_nanos > now_nanos && self.started_nanos <= now_nanos;
+        !is_time || is_ahead || owner.started_nanos <= self.started_nanos
     }
 
     /// Project and name of its Compose service.
@@ -324,7 +364,7 @@ mod tests {
             gw_priority: 0,
         };
         let vantage = Vantage::Container { attachments: vec![own], host_network: false, host_gateway: None };
-        Context { vantage, self_id: Some("self".into()), default_network: None, own_ports: vec![8080] }
+        Context { vantage, self_id: Some("self".into()), default_network: None, own_ports: vec![8080], shared: None }
     }
 
     #[test]
@@ -479,17 +519,56 @@ mod tests {
                 json["NetworkSettings"] = serde_json::json!({ "Networks": {} });
             })
         };
+        let now = i64::MAX;
         let mut look = sidecar();
         assert_eq!(look.network_owner(), Some("owner"));
-        look.share_network_of(Some(&owner));
+        look.share_network_of(Some(&owner), None, now);
         assert_eq!(look.network_owner(), Some("owner"), "its events concern this one, too");
         assert!(look.endpoint(&context()).unwrap().reach.is_ok());
         // an owner that was started again has another network namespace: the sidecar's is dead
         let restarted = inspected(|json| json["State"]["StartedAt"] = "2026-01-01T00:00:02Z".into());
         for owner in [Some(&restarted), None] {
             let mut look = sidecar();
-            look.share_network_of(owner);
+            look.share_network_of(owner, None, now);
             assert!(look.endpoint(&context()).unwrap().reach.is_err());
         }
+    }
+
+    /// Looks at a sidecar and its owner, one after the other; each is the time both were started and that of the clock.
+    fn reached(looks: &[(i64, i64, i64)]) -> Vec<bool> {
+        let mut before = None;
+        let look = |(owner_at, own_at, now): &(i64, i64, i64)| {
+            let mut owner = inspected(|json| json["Id"] = "owner".into());
+            owner.started_nanos = *owner_at;
+            let mut sidecar = inspected(|json| {
+                json["HostConfig"]["NetworkMode"] = "container:owner".into();
+                json["NetworkSettings"] = serde_json::json!({ "Networks": {} });
+            });
+            sidecar.started_nanos = *own_at;
+            sidecar.share_network_of(Some(&owner), before.as_ref(), *now);
+            before.clone_from(&sidecar.shared);
+            sidecar.endpoint(&context()).unwrap().reach.is_ok()
+        };
+        looks.iter().map(look).collect()
+    }
+
+    #[test]
+    fn a_clock_that_was_put_back_parts_no_sidecar_from_its_owner() {
+        assert_eq!(reached(&[(10, 11, 20)]), [true]);
+        assert_eq!(reached(&[(12, 11, 20)]), [false], "the owner was started again");
+        // The owner was started by a clock that was ahead, and that the time catches up with later.
+        for ahead in [16, 25, 7_200] {
+            assert_eq!(reached(&[(ahead, 11, 15), (ahead, 11, ahead + 1), (ahead, 11, 10_000)]), [true; 3], "{ahead}");
+        }
+        // Runs that are seen to change need no clock at all.
+        assert_eq!(
+            reached(&[(10, 11, 20), (9, 11, 20)]),
+            [true, false],
+            "the owner was started again, by another clock"
+        );
+        assert_eq!(reached(&[(10, 11, 20), (9, 11, 20), (9, 8, 20)]), [true, false, true], "then the sidecar, too");
+        assert_eq!(reached(&[(10, 11, 20), (10, 5, 20)]), [true, true], "the sidecar alone");
+        assert_eq!(reached(&[(12, 11, 20), (12, 11, 30)]), [false, false]);
+        assert_eq!(reached(&[(-5, 11, 20), (-9, 11, 20)]), [true, false], "times that cannot be read are runs as well");
     }
 }

@@ -43,7 +43,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use self::{
     event::{Kind, Notice, Seen},
-    inspect::{Context, Inspected},
+    inspect::{Context, Inspected, Shared},
 };
 use super::{
     Change, Discovery, DiscoveryError, Endpoint, Looks, Phase,
@@ -69,6 +69,8 @@ const RECONNECT_MAX: Duration = Duration::from_secs(5);
 const LOOK_BACK: Duration = Duration::from_secs(60);
 /// How far later subscriptions reach back before the newest event seen; the engine may deliver slightly out of order.
 const OVERLAP: Duration = Duration::from_secs(1);
+/// How long after a subscription what happened before it may still be told.
+const REPLAYED_WITHIN: Duration = ANSWER_TIMEOUT;
 /// Events between the reader and the loop. More than that at once means that the list is compared instead.
 const EVENTS_MAX: usize = 1024;
 /// Most containers followed.
@@ -81,14 +83,21 @@ pub struct DockerDiscovery {
     default_network: Option<String>,
     own_ports: Vec<u16>,
     metrics: Option<Arc<Metrics>>,
+    /// This machine's time, nanoseconds since 1970.
+    clock: fn() -> i64,
 }
 
 impl DockerDiscovery {
     /// Discovery by the engine at `endpoint`. `default_network` applies where a container names none; `own_ports` are those
     /// the proxy listens on, so that it cannot become its own backend.
     pub fn new(endpoint: DockerEndpoint, default_network: Option<String>, own_ports: Vec<u16>) -> DockerDiscovery {
-        DockerDiscovery { endpoint, default_network, own_ports, metrics: None }
+        DockerDiscovery { endpoint, default_network, own_ports, metrics: None, clock: wall_nanos }
     }
+}
+
+/// This machine's time, nanoseconds since 1970.
+fn wall_nanos() -> i64 {
+    i64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos()).unwrap_or(i64::MAX)
 }
 
 impl Discovery for DockerDiscovery {
@@ -126,6 +135,8 @@ struct Track {
 struct Signalled {
     signal: Option<u8>,
     time_nanos: i64,
+    /// It was told because it happened before the subscription, so it may be about an earlier run.
+    is_replay: bool,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -169,6 +180,8 @@ struct Watcher {
     list_at: Instant,
     retry: Duration,
     subscribed_at: Instant,
+    /// The same by this machine's time.
+    subscribed_nanos: i64,
     stream_retry: Duration,
     out: VecDeque<Result<Change, DiscoveryError>>,
     synced_once: bool,
@@ -185,7 +198,9 @@ impl Watcher {
             self_id: None,
             default_network: settings.default_network.clone(),
             own_ports: settings.own_ports.clone(),
+            shared: None,
         };
+        let began_nanos = (settings.clock)();
         Watcher {
             settings,
             looks,
@@ -202,10 +217,11 @@ impl Watcher {
             list_at: Instant::now(),
             retry: RECONNECT_MIN,
             subscribed_at: Instant::now(),
+            subscribed_nanos: began_nanos,
             stream_retry: RECONNECT_MIN,
             out: VecDeque::new(),
             synced_once: false,
-            began_nanos: i64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos()).unwrap_or(0),
+            began_nanos,
         }
     }
 
@@ -258,7 +274,7 @@ impl Watcher {
         // Set before the list is asked for: what asks for another one meanwhile must not be forgotten when it is there.
         self.list_at = Instant::now() + RESYNC.mul_f64(0.9 + 0.2 * fastrand::f64());
         let context = self.context.clone();
-        self.work.push(list(engine, context).boxed());
+        self.work.push(list(engine, context, (self.settings.clock)()).boxed());
     }
 
     /// The engine cannot be asked: say so and try again later. What is known stays.
@@ -274,15 +290,17 @@ impl Watcher {
 
     /// `since` for a subscription, as the engine reads it: seconds, a dot, nanoseconds.
     fn since(&self) -> String {
-        let nanos = match self.seen.newest_nanos {
-            Some(newest) => i128::from(newest) - i128::try_from(OVERLAP.as_nanos()).unwrap_or(0),
-            None => (OffsetDateTime::now_utc() - LOOK_BACK).unix_timestamp_nanos(),
+        let (newest, back) = match self.seen.newest_nanos {
+            Some(newest) => (newest, OVERLAP),
+            None => ((self.settings.clock)(), LOOK_BACK),
         };
+        let nanos = i128::from(newest) - i128::try_from(back.as_nanos()).unwrap_or(0);
         format!("{}.{:09}", nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000))
     }
 
     fn subscribe(&mut self, engine: &Engine) {
         self.subscribed_at = Instant::now();
+        self.subscribed_nanos = (self.settings.clock)();
         self.heard = Some(subscribe(engine.clone(), self.since()));
     }
 
@@ -313,14 +331,16 @@ impl Watcher {
     }
 
     fn on_notice(&mut self, notice: Notice) {
-        if !self.seen.is_new(&notice) {
+        let now_nanos = (self.settings.clock)();
+        if !self.seen.is_new(&notice, now_nanos) {
             return;
         }
         self.count(&notice);
-        let Notice { id, mut kind, time_nanos, labelled, .. } = notice;
+        let Notice { id, mut kind, time_nanos, labelled, action } = notice;
+        let is_replay = time_nanos < self.subscribed_nanos && self.subscribed_at.elapsed() < REPLAYED_WITHIN;
         // What happened before this process began may be long over, and no look could tell: a pause, for one. Only a stop
         // notice still counts, because no look shows it.
-        if time_nanos < self.began_nanos && !matches!(kind, Kind::Signalled(_) | Kind::Ended) {
+        if is_replay && time_nanos < self.began_nanos && !matches!(kind, Kind::Signalled(_) | Kind::Ended) {
             kind = Kind::Changed;
         }
         if self.context.self_id.as_deref() == Some(id.as_str()) {
@@ -335,16 +355,19 @@ impl Watcher {
             self.tracks.insert(id.clone(), Track::default());
         }
         let Some(track) = self.tracks.get_mut(&id) else { return };
-        if track.seen.as_ref().is_some_and(|seen| time_nanos < seen.started_nanos) {
+        if is_replay && track.seen.as_ref().is_some_and(|seen| is_before(time_nanos, seen, now_nanos)) {
             return; // about an earlier run
+        }
+        if matches!(action, "start" | "restart") {
+            track.signalled = None;
         }
         track.heard += 1;
         let endpoint_id = || id.as_str().into();
         match kind {
             Kind::Changed => {}
             Kind::Signalled(signal) => {
-                track.signalled = Some(Signalled { signal, time_nanos });
-                if let Some(stopping) = track.stop_notice() {
+                track.signalled = Some(Signalled { signal, time_nanos, is_replay });
+                if let Some(stopping) = track.stop_notice(now_nanos) {
                     self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
                     return; // nothing to see: a stop in progress is invisible
                 }
@@ -373,7 +396,7 @@ impl Watcher {
         }
         // What was asked for again from before this process began says nothing of how late events come.
         if notice.time_nanos >= self.began_nanos {
-            let lag = OffsetDateTime::now_utc().unix_timestamp_nanos() - i128::from(notice.time_nanos);
+            let lag = (self.settings.clock)().saturating_sub(notice.time_nanos);
             // A remote engine's clock may be ahead.
             metrics.discovery.event_lag.observe(Duration::from_nanos(u64::try_from(lag).unwrap_or(0)));
         }
@@ -411,7 +434,8 @@ impl Watcher {
             };
             track.look = Look::UnderWay;
             self.looking += 1;
-            self.work.push(look(engine.clone(), id, track.heard).boxed());
+            let shared = track.seen.as_ref().and_then(|seen| seen.shared.clone());
+            self.work.push(look(engine.clone(), id, track.heard, shared, (self.settings.clock)()).boxed());
         }
     }
 
@@ -461,7 +485,7 @@ impl Watcher {
         };
         track.endpoint = Some(endpoint.clone());
         self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
-        if let Some(stopping) = track.stop_notice() {
+        if let Some(stopping) = track.stop_notice((self.settings.clock)()) {
             self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
         }
     }
@@ -518,9 +542,9 @@ impl Watcher {
 
 impl Track {
     /// If the last signal was a stop notice for the run that was seen: the container's id, once.
-    fn stop_notice(&mut self) -> Option<String> {
+    fn stop_notice(&mut self, now_nanos: i64) -> Option<String> {
         let seen = self.seen.as_ref()?;
-        let signalled = self.signalled.filter(|s| s.time_nanos >= seen.started_nanos)?;
+        let signalled = self.signalled.filter(|s| !s.is_replay || !is_before(s.time_nanos, seen, now_nanos))?;
         self.endpoint.as_ref()?;
         self.signalled = None;
         is_stop_notice(signalled.signal, seen.stop_signal, seen.forges_signals()).then(|| seen.id.clone())
@@ -534,6 +558,12 @@ impl Track {
     fn name<'a>(&'a self, id: &'a str) -> &'a str {
         self.seen.as_ref().map_or(id, |seen| seen.name.as_str())
     }
+}
+
+/// Whether a replayed event is about an earlier run than the one seen. A start ahead of the clock tells nothing about
+/// that, because the clock has been put back since.
+fn is_before(time_nanos: i64, seen: &Inspected, now_nanos: i64) -> bool {
+    time_nanos < seen.started_nanos && seen.started_nanos <= now_nanos
 }
 
 // === talking to the engine ===
@@ -654,7 +684,7 @@ fn subscribe(engine: Engine, since: String) -> (mpsc::Receiver<Heard>, DropGuard
     (receiver, guard)
 }
 
-async fn list(engine: Engine, context: Context) -> Finished {
+async fn list(engine: Engine, context: Context, now_nanos: i64) -> Finished {
     let filters: HashMap<&str, Vec<&str>> = HashMap::from([("label", vec!["inference.enable"])]);
     let options = ListContainersOptionsBuilder::new().filters(&filters).build();
     let ids = match timeout(ANSWER_TIMEOUT, engine.client.list_containers(Some(options))).await {
@@ -663,7 +693,7 @@ async fn list(engine: Engine, context: Context) -> Finished {
         Ok(Ok(list)) => Ok(list.into_iter().filter_map(|container| container.id).collect()),
     };
     let context = match &ids {
-        Ok(_) => Some(locate(&engine, context, place::self_id_candidates()).await),
+        Ok(_) => Some(locate(&engine, context, place::self_id_candidates(), now_nanos).await),
         Err(_) => None,
     };
     Finished::Listed { ids, context }
@@ -671,7 +701,7 @@ async fn list(engine: Engine, context: Context) -> Finished {
 
 /// Where the proxy stands: in which of the containers `candidates` and in which networks, or on the host. An engine that
 /// cannot tell now does not move a proxy whose place is known: every address depends on it.
-async fn locate(engine: &Engine, mut context: Context, candidates: Vec<String>) -> Context {
+async fn locate(engine: &Engine, mut context: Context, candidates: Vec<String>, now_nanos: i64) -> Context {
     let is_known = context.self_id.is_some();
     let mut own = None;
     for candidate in candidates {
@@ -692,7 +722,8 @@ async fn locate(engine: &Engine, mut context: Context, candidates: Vec<String>) 
                     Err(_) if is_known => return context,
                     owner => owner.ok().flatten(),
                 };
-                own.share_network_of(owner.as_ref());
+                own.share_network_of(owner.as_ref(), context.shared.as_ref(), now_nanos);
+                context.shared.clone_from(&own.shared);
             }
             if own.wiring.mode == NetworkMode::Host {
                 Vantage::Host { on_link: place::on_link_prefixes() }
@@ -707,14 +738,14 @@ async fn locate(engine: &Engine, mut context: Context, candidates: Vec<String>) 
     context
 }
 
-async fn look(engine: Engine, id: String, heard: u64) -> Finished {
+async fn look(engine: Engine, id: String, heard: u64, shared: Option<Shared>, now_nanos: i64) -> Finished {
     let outcome = async {
         let Some(mut seen) = engine.inspect(&id).await? else {
             return Ok(None);
         };
         if let Some(owner) = seen.network_owner().map(str::to_owned) {
             let owner = engine.inspect(&owner).await?;
-            seen.share_network_of(owner.as_ref());
+            seen.share_network_of(owner.as_ref(), shared.as_ref(), now_nanos);
         }
         Ok(Some(seen))
     };

@@ -2,6 +2,7 @@
 //! waits cost nothing, and what takes 30 s is over at once.
 
 use std::{
+    cell::Cell,
     collections::BTreeMap,
     path::PathBuf,
     sync::{
@@ -20,6 +21,16 @@ use super::*;
 
 /// 2100-01-01T00:00:00Z, when every container here was started: what happens to them happens after watching began.
 const STARTED_S: i64 = 4_102_444_800;
+const SECOND: i64 = 1_000_000_000;
+
+std::thread_local! {
+    /// What the watcher takes for this machine's time, in seconds after the start.
+    static CLOCK_S: Cell<i64> = const { Cell::new(0) };
+}
+
+fn clock() -> i64 {
+    (STARTED_S + CLOCK_S.get()) * SECOND
+}
 
 /// An engine: its containers, and what is wrong with it. Requests whose path holds a text in `held` wait for the test.
 #[derive(Default)]
@@ -161,7 +172,8 @@ impl FakeEngine {
             script: Arc::new(Mutex::new(script)),
             streams,
             held,
-            changes: Box::new(DockerDiscovery::new(endpoint, None, Vec::new())).changes(looks),
+            changes: Box::new(DockerDiscovery { clock, ..DockerDiscovery::new(endpoint, None, Vec::new()) })
+                .changes(looks),
             wanted,
             to_test: (streams_sender, held_sender),
         }
@@ -304,6 +316,7 @@ async fn what_runs_is_reported_and_events_are_followed() {
 async fn a_stream_that_ends_in_any_way_is_begun_again_with_an_overlap() {
     for ending in ["cut", "cut mid-event", "clean end", "partial JSON, clean end", "unknown type"] {
         let (mut engine, mut stream) = FakeEngine::synced(&["a"]).await;
+        CLOCK_S.set(10);
         let pause = event("a", "pause", 10);
         stream.send(&pause).await;
         assert_eq!(engine.until("suspended a").await, [""; 0]);
@@ -329,6 +342,82 @@ async fn a_stream_that_ends_in_any_way_is_begun_again_with_an_overlap() {
         again.send(&event("a", "oom", 11)).await;
         let changes = engine.until("oom a").await;
         assert!(changes.iter().all(|change| change == "upsert a" || change == "reset a"), "{ending}: {changes:?}");
+    }
+}
+
+/// The container `a`, as it was started so many seconds after the beginning.
+fn started_at(at_s: i64) -> Value {
+    let mut a = container("a", "running");
+    let at = OffsetDateTime::from_unix_timestamp(STARTED_S + at_s).unwrap();
+    a["State"]["StartedAt"] = at.format(&time::format_description::well_known::Rfc3339).unwrap().into();
+    a
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_ahead_of_the_clock_makes_no_event_old() {
+    for ahead_s in [1, 5, 7_200, 31_536_000] {
+        let mut engine = FakeEngine::new(&[]);
+        CLOCK_S.set(0);
+        engine.change(|script| drop(script.containers.insert("a", started_at(ahead_s))));
+        engine.listen();
+        engine.until("reset a").await;
+        let mut stream = engine.stream().await;
+        stream.send(&event("a", "kill", 0)).await;
+        assert_eq!(engine.next().await, "stopping a", "{ahead_s}");
+        stream.send(&event("a", "die", 0)).await;
+        assert_eq!(engine.next().await, "ended a", "{ahead_s}");
+        // Its next run has an earlier time than the one before.
+        engine.change(|script| drop(script.containers.insert("a", started_at(0))));
+        stream.send(&event("a", "start", 0)).await;
+        assert_eq!(engine.next().await, "upsert a", "{ahead_s}");
+        stream.send(&event("a", "oom", 0)).await;
+        assert_eq!(engine.next().await, "oom a", "{ahead_s}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_clock_that_is_put_back_while_events_come_makes_none_of_them_old() {
+    let (mut engine, mut stream) = FakeEngine::synced(&["a"]).await;
+    tokio::time::advance(REPLAYED_WITHIN).await;
+    for (action, expected) in [("kill", "stopping a"), ("oom", "oom a"), ("die", "ended a")] {
+        stream.send(&event("a", action, -3_600)).await;
+        assert_eq!(engine.until(expected).await.iter().filter(|change| *change != "upsert a").count(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_replayed_of_an_earlier_run_is_old() {
+    CLOCK_S.set(30);
+    let mut engine = FakeEngine::new(&[]);
+    engine.change(|script| drop(script.containers.insert("a", started_at(20))));
+    engine.listen();
+    engine.until("reset a").await;
+    let mut stream = engine.stream().await;
+    for (action, at_s) in [("kill", 10), ("die", 11), ("stop", 11)] {
+        stream.send(&event("a", action, at_s)).await;
+    }
+    stream.send(&event("a", "start", 20)).await;
+    assert_eq!(engine.next().await, "upsert a", "the run before was stopped");
+    // What happened to this run before the subscription counts.
+    stream.send(&event("a", "kill", 25)).await;
+    assert_eq!(engine.next().await, "stopping a");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscription_never_begins_in_the_future() {
+    for (event_s, clock_s, since_s) in [(7_200, 50, 49), (50, 50, 49), (45, 50, 44), (-3_600, 50, -3_601)] {
+        let (mut engine, mut stream) = FakeEngine::synced(&["a"]).await;
+        CLOCK_S.set(clock_s);
+        tokio::time::advance(REPLAYED_WITHIN).await;
+        stream.send(&event("a", "oom", 40)).await;
+        stream.send(&event("a", "oom", event_s)).await;
+        assert_eq!(engine.until("oom a").await.len(), 0);
+        engine.until("oom a").await;
+        engine.until("upsert a").await;
+        drop(stream);
+        let again = engine.stream().await;
+        assert_eq!(again.since, (STARTED_S + since_s) * SECOND, "{event_s} at {clock_s}");
+        CLOCK_S.set(0);
     }
 }
 
@@ -472,16 +561,16 @@ async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
         Vantage::Host { .. } => false,
     };
 
-    let located = locate(&client, unknown.clone(), candidates()).await;
+    let located = locate(&client, unknown.clone(), candidates(), clock()).await;
     assert_eq!(located.self_id.as_deref(), Some("self"));
     assert!(in_app(&located));
 
     engine.change(|script| script.broken = Some(("/containers/self", "garbage")));
-    let later = locate(&client, located.clone(), candidates()).await;
+    let later = locate(&client, located.clone(), candidates(), clock()).await;
     assert!(later.self_id.as_deref() == Some("self") && in_app(&later), "{later:?}");
-    let first = locate(&client, unknown, candidates()).await;
+    let first = locate(&client, unknown, candidates(), clock()).await;
     assert!(first.self_id.is_none() && !in_app(&first), "nothing is made up either");
     // That there is no such container is an answer.
     engine.change(|script| *script = Script::default());
-    assert_eq!(locate(&client, located, candidates()).await.self_id, None);
+    assert_eq!(locate(&client, located, candidates(), clock()).await.self_id, None);
 }
