@@ -434,6 +434,11 @@ impl InFlight {
         }
     }
 
+    /// It was answered as it asked: whatever the backend has pushed back before, it takes requests.
+    pub fn was_served(&self) {
+        self.member.backend.breaker.has_served();
+    }
+
     /// Gives the place back now: the backend has done all it will do for the request, though its answer is still to be
     /// passed on.
     pub fn leave(&mut self) {

@@ -14,10 +14,11 @@
 //! Every closed and every open period has a number, and an attempt carries the number of the period it began in: what it
 //! has to say counts in that period only. So whoever answers late neither closes nor trips what it knows nothing about.
 //!
-//! A backend that pushes back is well, but busy. It rests as long as it asks for, in a word of its own: the two need not
-//! agree, because a rest neither waits for a state of the breaker nor causes one. When it is over everybody may enter.
-//! Nobody queues for that moment, so what enters is what arrives until the first of them is pushed back again; with the
-//! default rest that is a small share of the traffic, and no trial has to be waited for.
+//! A trial has a time limit, after which it counts as lost: its backend's machine may have vanished, or its answer may take
+//! minutes. Then the next attempt is the trial, and the lost one has no say any more.
+//!
+//! A backend that pushes back is well, but busy. That is kept in a word of its own ([`push_back`]), because it bars no
+//! attempt: others prefer another replica for a while, and enter where there is none.
 
 use std::{
     fmt,
@@ -26,6 +27,10 @@ use std::{
 };
 
 use tokio::time::Instant;
+
+pub mod push_back;
+
+use push_back::PushBacks;
 
 /// So many failures in a row trip the breaker.
 const RUN_MAX: u64 = 5;
@@ -37,14 +42,8 @@ const HALF_MS: u64 = 5_000;
 const COUNT_MAX: u64 = 31;
 /// How long the breaker stays open: the first time, and after each trial that failed.
 const RESTS_MS: [u64; 7] = [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000];
-/// Rest after a push-back that does not say how long. Engines that say nothing have a full queue, which drains within
-/// tenths of a second; to be told so once more costs an attempt, to rest too long leaves a backend idle.
-const PUSH_BACK_MS: u64 = 250;
-/// Shortest rest after a push-back: some send `Retry-After: 0`.
-const PUSH_BACK_MIN_MS: u64 = 50;
-/// Longest rest after a push-back, whatever it asks for. Who asks for more speaks of somebody's quota rather than of its own
-/// load, and everybody else would wait for it; shorter than requests wait in line, so that nobody is turned away for it.
-const PUSH_BACK_MAX_MS: u64 = 10_000;
+/// A trial of which nothing has been heard for so long is lost.
+const TRIAL_MS: u64 = 30_000;
 /// Where the clock stops, 21 years after the backend was first seen. It never goes back.
 const CLOCK_MAX_MS: u64 = (1 << HALF.wide) * HALF_MS - 1;
 
@@ -66,8 +65,10 @@ pub enum Outcome {
     Success,
     /// It does not: no connection, a broken answer, a 5xx.
     Failure,
-    /// It is well, but busy: 429, or a 503 that says so.
+    /// It is well, but does not take this request now: 429, 503, 529.
     PushBack {
+        /// It speaks of the backend (503, 529), and not perhaps of the client alone (429).
+        of_all: bool,
         /// `Retry-After`, if there was one.
         retry_after: Option<Duration>,
     },
@@ -90,7 +91,7 @@ pub struct Pass {
 /// The backend is not to be asked now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resting {
-    /// Not before this has passed. While a trial is out, nobody knows how long: then it is a second.
+    /// Not before this has passed. While a trial is out that is not known: then it is a second at most.
     pub for_at_least: Duration,
 }
 
@@ -112,8 +113,7 @@ pub struct Breaker(u64);
 #[derive(Debug)]
 pub struct CircuitBreaker {
     word: AtomicU64,
-    /// Milliseconds since `born`.
-    pushed_back_until: AtomicU64,
+    push_backs: PushBacks,
     born: Instant,
 }
 
@@ -152,6 +152,8 @@ enum Phase {
     Closed(Window),
     /// Open, and half-open if the trial is out.
     Open {
+        /// When the next attempt is due to be the trial: the end of the rest, or the time at which the trial that is out
+        /// counts as lost.
         until_ms: u64,
         trial_out: bool,
     },
@@ -283,9 +285,12 @@ impl Breaker {
         let parts = self.parts();
         match parts.phase {
             Phase::Closed(_) => Ok((self, Pass { period: parts.period, trial: false })),
-            Phase::Open { until_ms, trial_out: false } if now_ms >= until_ms => {
-                let phase = Phase::Open { until_ms, trial_out: true };
-                Ok((Parts { phase, ..parts }.pack(), Pass { period: parts.period, trial: true }))
+            Phase::Open { until_ms, trial_out } if now_ms >= until_ms => {
+                // Behind the end of the clock a trial is never lost, because the time does not come.
+                let phase = Phase::Open { until_ms: now_ms + TRIAL_MS, trial_out: true };
+                // A trial that was lost belongs to a period that is over.
+                let next = if trial_out { parts.begin(2, parts.level, phase) } else { Parts { phase, ..parts }.pack() };
+                Ok((next, Pass { period: next.parts().period, trial: true }))
             }
             Phase::Open { .. } => Err(Resting { for_at_least: self.ready_in(now_ms) }),
         }
@@ -314,19 +319,21 @@ impl Breaker {
             (Phase::Open { until_ms, trial_out: false }, Outcome::Failure) if now_ms >= until_ms => {
                 parts.open_longer(now_ms)
             }
-            (Phase::Open { until_ms, trial_out: true }, Outcome::Abandoned) if pass.trial => {
-                Parts { phase: Phase::Open { until_ms, trial_out: false }, ..parts }.pack()
+            (Phase::Open { trial_out: true, .. }, Outcome::Abandoned) if pass.trial => {
+                Parts { phase: Phase::Open { until_ms: now_ms, trial_out: false }, ..parts }.pack()
             }
             (Phase::Open { .. } | Phase::Closed(_), _) => self,
         }
     }
 
-    /// How long until [`enter`](Self::enter) may say yes: nothing if it does now, and a second while a trial is out.
+    /// How long until [`enter`](Self::enter) may say yes: nothing if it does now, and at most a second while a trial is out.
     pub fn ready_in(self, now_ms: u64) -> Duration {
         match self.parts().phase {
             Phase::Closed(_) => Duration::ZERO,
-            Phase::Open { until_ms, trial_out: false } => Duration::from_millis(until_ms.saturating_sub(now_ms)),
-            Phase::Open { trial_out: true, .. } => Duration::from_millis(RESTS_MS[0]),
+            Phase::Open { until_ms, trial_out } => {
+                let left_ms = until_ms.saturating_sub(now_ms);
+                Duration::from_millis(if trial_out { left_ms.min(RESTS_MS[0]) } else { left_ms })
+            }
         }
     }
 }
@@ -399,7 +406,7 @@ impl Phase {
 impl CircuitBreaker {
     /// The breaker of a backend that is new.
     pub fn new(now: Instant) -> CircuitBreaker {
-        CircuitBreaker { word: AtomicU64::new(Breaker::new().0), pushed_back_until: AtomicU64::new(0), born: now }
+        CircuitBreaker { word: AtomicU64::new(Breaker::new().0), push_backs: PushBacks::default(), born: now }
     }
 
     /// Lets an attempt in: if closed, or as the one trial if open and due.
@@ -408,12 +415,9 @@ impl CircuitBreaker {
     /// The backend rests.
     pub fn enter(&self, now: Instant) -> Result<Pass, Resting> {
         let now_ms = self.clock_ms(now);
-        let (.., pass) = self.step(|breaker| match self.pushed_back_for(now_ms) {
-            Duration::ZERO => match breaker.enter(now_ms) {
-                Ok((next, pass)) => (next, Ok(pass)),
-                Err(resting) => (breaker, Err(resting)),
-            },
-            rest => (breaker, Err(Resting { for_at_least: rest.max(breaker.ready_in(now_ms)) })),
+        let (.., pass) = self.step(|breaker| match breaker.enter(now_ms) {
+            Ok((next, pass)) => (next, Ok(pass)),
+            Err(resting) => (breaker, Err(resting)),
         });
         pass
     }
@@ -431,19 +435,25 @@ impl CircuitBreaker {
     /// [trial](Pass::is_trial).
     pub fn learn(&self, pass: Pass, outcome: Outcome, now: Instant) -> Option<Transition> {
         let now_ms = self.clock_ms(now);
-        if let Outcome::PushBack { retry_after } = outcome {
-            // Before the breaker closes, so that whoever finds it closed finds the rest too.
-            let until_ms = (now_ms + push_back_ms(retry_after)).min(CLOCK_MAX_MS);
-            self.pushed_back_until.fetch_max(until_ms, Ordering::Relaxed);
+        if let Outcome::PushBack { of_all, retry_after } = outcome {
+            // Before the breaker closes, so that an attempt that finds it closed finds the rest too.
+            self.push_backs.add(of_all, retry_after, now_ms);
         }
         let (before, after, ()) = self.step(|breaker| (breaker.learn(pass, outcome, now_ms), ()));
         let (from, to) = (before.state(), after.state());
         (from != to).then_some(Transition { from, to })
     }
 
-    /// Whether [`enter`](Self::enter) would refuse now. Changes nothing.
+    /// The backend has served a request: what it has pushed back before says nothing about now. One atomic load as a rule.
+    pub fn has_served(&self) {
+        self.push_backs.end();
+    }
+
+    /// Whether requests had better go to another replica, because [`enter`](Self::enter) would refuse now or the backend
+    /// pushes back. Changes nothing.
     pub fn is_resting(&self, now: Instant) -> bool {
-        self.ready_in(now) != Duration::ZERO
+        let now_ms = self.clock_ms(now);
+        self.breaker().ready_in(now_ms) != Duration::ZERO || self.push_backs.rest(now_ms) != Duration::ZERO
     }
 
     /// What the breaker is in. A backend that has pushed back may rest although it is closed.
@@ -451,11 +461,9 @@ impl CircuitBreaker {
         self.breaker().state()
     }
 
-    /// How long until [`enter`](Self::enter) may say yes: nothing if it does now. While a trial is out nobody knows; then
-    /// it is a second.
+    /// How long until [`enter`](Self::enter) may say yes: nothing if it does now, and at most a second while a trial is out.
     pub fn ready_in(&self, now: Instant) -> Duration {
-        let now_ms = self.clock_ms(now);
-        self.breaker().ready_in(now_ms).max(self.pushed_back_for(now_ms))
+        self.breaker().ready_in(self.clock_ms(now))
     }
 
     fn breaker(&self) -> Breaker {
@@ -466,10 +474,6 @@ impl CircuitBreaker {
     fn clock_ms(&self, now: Instant) -> u64 {
         let ms = now.saturating_duration_since(self.born).as_millis();
         u64::try_from(ms).unwrap_or(CLOCK_MAX_MS).min(CLOCK_MAX_MS)
-    }
-
-    fn pushed_back_for(&self, now_ms: u64) -> Duration {
-        Duration::from_millis(self.pushed_back_until.load(Ordering::Relaxed).saturating_sub(now_ms))
     }
 
     /// Replaces the breaker by what `next` makes of it, and gives both. Writes nothing if nothing changes.
@@ -486,13 +490,6 @@ impl CircuitBreaker {
             }
         }
     }
-}
-
-/// How long a backend rests that has pushed back.
-fn push_back_ms(retry_after: Option<Duration>) -> u64 {
-    retry_after.map_or(PUSH_BACK_MS, |asked| {
-        u64::try_from(asked.as_millis()).unwrap_or(PUSH_BACK_MAX_MS).clamp(PUSH_BACK_MIN_MS, PUSH_BACK_MAX_MS)
-    })
 }
 
 // === impl Pass, State ===

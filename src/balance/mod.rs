@@ -28,6 +28,8 @@ pub struct Wanted<'a> {
     pub affinity: Option<(&'a Affinity, &'a Prompt)>,
     /// Length of the request's body, as far as it is known.
     pub prompt_bytes: u64,
+    /// Members that their breakers keep away are not tried, though nobody else be left.
+    pub spares_the_broken: bool,
 }
 
 /// Why no member gave a place.
@@ -35,9 +37,9 @@ pub struct Wanted<'a> {
 pub enum NoPlace {
     /// None of them takes requests.
     Nobody,
-    /// Some are full, or have asked to be spared.
+    /// Some are full, and the others are kept away by their breakers.
     Busy {
-        /// How long one of them rests yet; `None` if time alone changes nothing.
+        /// When the first of the others may be tried; `None` if time alone changes nothing.
         rest: Option<Duration>,
     },
 }
@@ -46,8 +48,9 @@ pub enum NoPlace {
 const PICKS_MAX: usize = 8;
 
 /// Claims a place on the best of `members`. A member that refuses (it has just closed, is full, or rests) is passed over
-/// for the next best. If all that take requests are kept away by their breakers, the one that comes back first is tried
-/// all the same: the last backend of a model is never given up. Nothing is allocated.
+/// for the next best. Those that push back come after all others, and before waiting: what they say to this request is for
+/// them to say. If all that take requests are kept away by their breakers, the one that comes back first is tried all the
+/// same: the last backend of a model is never given up. Nothing is allocated.
 ///
 /// # Errors
 /// None of them has a place now.
@@ -75,6 +78,11 @@ pub fn claim(
         let backend = &members[index].backend;
         !backend.is_closed() && !backend.is_full() && !backend.breaker.is_resting(now) && !is_tried(index)
     };
+    // Only its push-backs speak against it.
+    let pushes_back = |index: usize| {
+        let backend = &members[index].backend;
+        !backend.is_closed() && !backend.is_full() && backend.breaker.ready_in(now).is_zero() && !is_tried(index)
+    };
     let mut spread = None;
     if let Some((affinity, prompt)) = wanted.affinity {
         let pool = (0..members.len()).filter(|&index| looks_free(index)).map(|index| held_by(members, index, now));
@@ -90,19 +98,25 @@ pub fn claim(
     let Some(first) = members.first() else { return Err(NoPlace::Nobody) };
     let request = Request { prompt_bytes: wanted.prompt_bytes };
     let mut refused = [usize::MAX; PICKS_MAX];
+    let mut among_free = true;
     for place in 0..PICKS_MAX {
         let may = |index: usize| {
             let has_share = |shares: &Spread<'_>| shares.allows(&held_by(members, index, now));
-            !refused[..place].contains(&index) && looks_free(index) && spread.as_ref().is_none_or(has_share)
+            let is_free = if among_free { looks_free(index) } else { pushes_back(index) };
+            is_free && !refused[..place].contains(&index) && spread.as_ref().is_none_or(has_share)
         };
-        let picked = policy::pick(policy, request, members, may, &first.model.turn, rng, now);
+        let mut picked = policy::pick(policy, request, members, may, &first.model.turn, rng, now);
+        if picked.is_none() && std::mem::replace(&mut among_free, false) {
+            let may = |index: usize| pushes_back(index) && !refused[..place].contains(&index);
+            picked = policy::pick(policy, request, members, may, &first.model.turn, rng, now);
+        }
         let Some(index) = picked else { break };
         match members[index].try_acquire(now) {
             Ok(in_flight) => return Ok(claimed(in_flight)),
             Err(_) => refused[place] = index,
         }
     }
-    claim_any(members, is_tried, now).map(claimed)
+    claim_any(members, is_tried, wanted.spares_the_broken, now).map(claimed)
 }
 
 /// A member as those see it who ask what it has been sent.
@@ -112,42 +126,39 @@ fn held_by(members: &[Arc<Member>], index: usize, now: Instant) -> affinity::Can
     affinity::Candidate { index, replica, in_flight, weight: member.weight() }
 }
 
-/// All look closed, full or resting, or change from one moment to the next: whoever takes a request.
-fn claim_any(members: &[Arc<Member>], is_tried: impl Fn(usize) -> bool, now: Instant) -> Result<InFlight, NoPlace> {
+/// All look closed, full or broken, or change from one moment to the next: whichever takes a request.
+fn claim_any(
+    members: &[Arc<Member>],
+    is_tried: impl Fn(usize) -> bool,
+    spares_the_broken: bool,
+    now: Instant,
+) -> Result<InFlight, NoPlace> {
     let mut least_bad: Option<(Duration, &Arc<Member>)> = None;
     let mut is_busy = false;
-    let mut rest: Option<Duration> = None;
     for (_, member) in members.iter().enumerate().filter(|(index, _)| !is_tried(*index)) {
         if member.backend.is_closed() {
             continue;
         }
-        let breaker = &member.backend.breaker;
-        if !breaker.is_resting(now)
+        let ready_in = member.backend.breaker.ready_in(now);
+        if ready_in.is_zero()
             && let Ok(in_flight) = member.try_acquire(now)
         {
             return Ok(in_flight);
         }
-        let ready_in = breaker.ready_in(now);
         if member.backend.is_full() {
             is_busy = true;
-        } else if breaker.state() == State::Closed {
-            is_busy = true;
-            rest = Some(rest.map_or(ready_in, |rest| rest.min(ready_in)));
         } else if least_bad.is_none_or(|(least, _)| ready_in < least) {
             least_bad = Some((ready_in, member));
         }
     }
-    match least_bad {
-        // Whoever waits for the busy ones is there when this one may be tried.
-        Some((ready_in, _)) if is_busy => rest = Some(rest.map_or(ready_in, |rest| rest.min(ready_in))),
-        Some((_, member)) => {
-            if let Ok(in_flight) = member.acquire_at_rest(now) {
-                return Ok(in_flight);
-            }
-        }
-        None => {}
+    if is_busy {
+        // A request that waits for the full ones is there when this one may be tried.
+        return Err(NoPlace::Busy { rest: least_bad.map(|(ready_in, _)| ready_in) });
     }
-    Err(if is_busy { NoPlace::Busy { rest } } else { NoPlace::Nobody })
+    match least_bad.filter(|_| !spares_the_broken) {
+        Some((_, member)) => member.acquire_at_rest(now).map_err(|_| NoPlace::Nobody),
+        None => Err(NoPlace::Nobody),
+    }
 }
 
 impl Candidate for Arc<Member> {
@@ -272,17 +283,62 @@ mod tests {
         fail(&members[1], 5, now + Duration::from_millis(500));
         let later = now + Duration::from_millis(600);
         assert_eq!(claim_at(&mut rng, &[], later).unwrap().backend().spec.name, "a", "it comes back first");
-        // Who says that it is busy is waited for, and so is who may be tried soon.
-        let members = vec![member("a", 1, None), member("b", 1, None)];
-        let retry_after = Some(Duration::from_secs(3));
-        members[0].try_acquire(now).unwrap().answered(Outcome::PushBack { retry_after }, now);
-        let only_a = [members[1].backend.clone()];
-        let wanted = Wanted { tried: &only_a, ..Wanted::default() };
-        let refused = claim(&members, Balance::Least, &wanted, &mut rng, now).unwrap_err();
-        assert_eq!(refused, NoPlace::Busy { rest: Some(Duration::from_secs(3)) });
+        // One that is full is waited for, and so is one that may be tried soon.
+        let members = vec![member("a", 1, Some(1)), member("b", 1, None)];
+        let held = members[0].try_acquire(now).unwrap();
         fail(&members[1], 5, now);
-        let refused = claim(&members, Balance::Least, &Wanted::default(), &mut rng, now).unwrap_err();
-        assert_eq!(refused, NoPlace::Busy { rest: Some(Duration::from_secs(1)) });
-        assert!(claim(&members, Balance::Least, &wanted, &mut rng, now + Duration::from_secs(4)).is_ok());
+        let claim_now = |rng: &mut fastrand::Rng, wanted: &Wanted<'_>, now| {
+            claim(&members, Balance::Least, wanted, rng, now).map(|in_flight| in_flight.backend().spec.name.clone())
+        };
+        let refused = claim_now(&mut rng, &Wanted::default(), now);
+        assert_eq!(refused, Err(NoPlace::Busy { rest: Some(Duration::from_secs(1)) }));
+        // A broken one is tried if nobody else is left, but not for a request that has an answer.
+        let (only_b, spares_the_broken) = ([members[0].backend.clone()], true);
+        let wanted = Wanted { tried: &only_b, ..Wanted::default() };
+        assert_eq!(claim_now(&mut rng, &Wanted { spares_the_broken, ..wanted }, now), Err(NoPlace::Nobody));
+        assert_eq!(claim_now(&mut rng, &wanted, now).as_deref(), Ok("b"));
+        drop(held);
+        assert_eq!(claim_now(&mut rng, &Wanted { spares_the_broken, ..Wanted::default() }, now).as_deref(), Ok("a"));
+    }
+
+    #[test]
+    fn those_that_push_back_come_last_and_nobody_waits_for_them() {
+        for policy in [Balance::Ewma, Balance::Least, Balance::RoundRobin, Balance::Prefix] {
+            let mut rng = fastrand::Rng::with_seed(6);
+            let now = Instant::now();
+            let members = vec![member("a", 1, None), member("b", 1, Some(1)), member("c", 1, None)];
+            let push_back = |member: &Arc<Member>, of_all: bool| {
+                let retry_after = Some(Duration::from_secs(3_600));
+                member.try_acquire(now).unwrap().answered(Outcome::PushBack { of_all, retry_after }, now);
+            };
+            let claim_now = |rng: &mut fastrand::Rng, tried: &[Arc<Backend>], now| {
+                claim(&members, policy, &Wanted { tried, ..Wanted::default() }, rng, now)
+            };
+            let who = |rng: &mut fastrand::Rng, tried: &[Arc<Backend>]| {
+                let names = (0..50).map(|_| claim_now(rng, tried, now).unwrap().backend().spec.name.clone());
+                names.collect::<std::collections::BTreeSet<_>>().into_iter().collect::<String>()
+            };
+            push_back(&members[0], false);
+            assert_eq!(who(&mut rng, &[]), "abc", "{policy:?}: one request was turned away, perhaps for its client");
+            push_back(&members[0], false);
+            push_back(&members[2], true);
+            assert_eq!(who(&mut rng, &[]), "b", "{policy:?}: it takes over");
+            assert_eq!(who(&mut rng, &[members[1].backend.clone()]), "ac", "{policy:?}");
+            let full = claim_now(&mut rng, &[], now).unwrap();
+            assert_eq!(full.backend().spec.name, "b");
+            assert_eq!(who(&mut rng, &[]), "ac", "{policy:?}: none other has a place");
+            members[0].try_acquire(now).unwrap().was_served();
+            assert_eq!(who(&mut rng, &[]), "a", "{policy:?}: a success ends the rest");
+            drop(full);
+            members[2].try_acquire(now).unwrap().was_served();
+            assert_eq!(who(&mut rng, &[]), "abc", "{policy:?}");
+        }
+        // A pool of one has nobody to prefer.
+        let only = [member("a", 1, None)];
+        let now = Instant::now();
+        for _ in 0..5 {
+            let mut turned_away = choose(&only, &[], Balance::Ewma, &mut fastrand::Rng::with_seed(7)).unwrap();
+            turned_away.answered(Outcome::PushBack { of_all: true, retry_after: None }, now);
+        }
     }
 }

@@ -1,12 +1,15 @@
-use super::*;
+use super::{
+    push_back::{PUSH_BACK_MIN_MS, PUSH_BACK_MS},
+    *,
+};
 
 const SUCCESS: Outcome = Outcome::Success;
 const FAILURE: Outcome = Outcome::Failure;
 const ABANDONED: Outcome = Outcome::Abandoned;
-const BUSY: Outcome = Outcome::PushBack { retry_after: None };
+const BUSY: Outcome = Outcome::PushBack { of_all: true, retry_after: None };
 
 fn busy_for(ms: u64) -> Outcome {
-    Outcome::PushBack { retry_after: Some(Duration::from_millis(ms)) }
+    Outcome::PushBack { of_all: true, retry_after: Some(Duration::from_millis(ms)) }
 }
 
 /// A breaker with a clock that is set by hand.
@@ -53,8 +56,14 @@ impl Bench {
 
     fn ready_in_ms(&self) -> u128 {
         let ready_in = self.breaker.ready_in(self.now());
-        assert_eq!(self.breaker.is_resting(self.now()), !ready_in.is_zero());
+        let rest = self.rest_ms();
+        assert_eq!(self.breaker.is_resting(self.now()), !ready_in.is_zero() || rest > 0);
         ready_in.as_millis()
+    }
+
+    /// For how long others had better go elsewhere, by push-backs alone.
+    fn rest_ms(&self) -> u128 {
+        self.breaker.push_backs.rest(self.breaker.clock_ms(self.now())).as_millis()
     }
 
     /// Open as of now, for a second.
@@ -138,7 +147,7 @@ fn open_rests_then_admits_one_trial() {
     let trial = bench.enter().unwrap();
     assert!(trial.is_trial());
     assert_eq!((bench.ready_in_ms(), bench.state()), (1_000, State::HalfOpen));
-    bench.now_ms = 100_000;
+    bench.now_ms = 1_000 + TRIAL_MS - 1_000;
     assert_eq!(bench.enter(), Err(Resting { for_at_least: Duration::from_secs(1) }));
     // Handed back: the next one gets it, at once.
     assert_eq!(bench.learn(trial, ABANDONED), Some((State::HalfOpen, State::Open)));
@@ -187,36 +196,61 @@ fn closed_takes_back_one_doubling_in_five_seconds() {
 }
 
 #[test]
-fn a_push_back_rests_for_as_long_as_it_says() {
+fn a_push_back_rests_for_as_long_as_it_says_and_bars_nobody() {
     for (outcome, rest_ms) in [
-        (BUSY, 250),
+        (BUSY, 250_u64),
         (busy_for(0), 50),
         (busy_for(50), 50),
         (busy_for(1_500), 1_500),
         (busy_for(10_000), 10_000),
         (busy_for(10_001), 10_000),
-        (Outcome::PushBack { retry_after: Some(Duration::MAX) }, 10_000),
+        (Outcome::PushBack { of_all: true, retry_after: Some(Duration::MAX) }, 10_000),
+        (Outcome::PushBack { of_all: false, retry_after: Some(Duration::MAX) }, 0),
     ] {
         let mut bench = Bench::new();
         assert_eq!(bench.attempt(outcome), None);
-        assert_eq!((bench.state(), bench.ready_in_ms()), (State::Closed, rest_ms));
-        assert_eq!(bench.enter().unwrap_err().for_at_least.as_millis(), rest_ms);
-        bench.now_ms = rest_ms as u64 - 1;
-        assert!(bench.enter().is_err());
-        // Then everybody may enter.
-        bench.now_ms += 1;
-        assert!((0..10).all(|_| !bench.enter().unwrap().is_trial()));
+        for now_ms in [0, rest_ms.saturating_sub(1), rest_ms] {
+            bench.now_ms = now_ms;
+            assert_eq!((bench.state(), bench.ready_in_ms()), (State::Closed, 0));
+            assert_eq!(bench.rest_ms(), u128::from(rest_ms - now_ms));
+            assert!((0..10).all(|_| !bench.enter().unwrap().is_trial()));
+        }
     }
 }
 
 #[test]
-fn a_shorter_push_back_does_not_end_a_longer_one_and_no_success_does() {
+fn a_shorter_push_back_does_not_end_a_longer_one_and_a_success_does() {
     let bench = Bench::new();
-    let [first, second, third] = [(); 3].map(|()| bench.enter().unwrap());
-    bench.learn(first, busy_for(2_000));
-    bench.learn(second, busy_for(100));
-    bench.learn(third, SUCCESS);
-    assert_eq!(bench.ready_in_ms(), 2_000);
+    bench.attempt(busy_for(2_000));
+    bench.attempt(busy_for(100));
+    assert_eq!(bench.rest_ms(), 2_000);
+    bench.breaker.has_served();
+    assert_eq!(bench.rest_ms(), 0);
+}
+
+#[test]
+fn a_lost_trial_is_handed_back_and_has_no_say_any_more() {
+    for outcome in [SUCCESS, FAILURE, ABANDONED, BUSY] {
+        let mut bench = Bench::tripped();
+        bench.now_ms = 1_000;
+        let lost = bench.enter().unwrap();
+        bench.now_ms += TRIAL_MS - 1;
+        assert!(lost.is_trial() && bench.enter().is_err());
+        assert_eq!(bench.ready_in_ms(), 1, "it need not be waited for any longer");
+        bench.now_ms += 1;
+        let second = bench.enter().unwrap();
+        assert!(second.is_trial() && bench.enter().is_err());
+        assert_eq!(bench.learn(lost, outcome), None);
+        assert_eq!(bench.state(), State::HalfOpen, "{outcome:?} of the lost one");
+        assert!(bench.enter().is_err());
+        assert_eq!(bench.learn(second, SUCCESS), Some((State::HalfOpen, State::Closed)));
+    }
+    // One that answers late, but before another one is out, still counts.
+    let mut bench = Bench::tripped();
+    bench.now_ms = 1_000;
+    let late = bench.enter().unwrap();
+    bench.now_ms += 10 * TRIAL_MS;
+    assert_eq!(bench.learn(late, SUCCESS), Some((State::HalfOpen, State::Closed)));
 }
 
 #[test]
@@ -224,7 +258,7 @@ fn a_trial_that_is_pushed_back_closes_and_rests() {
     let mut bench = Bench::tripped();
     bench.now_ms = 1_000;
     assert_eq!(bench.attempt(busy_for(3_000)), Some((State::HalfOpen, State::Closed)));
-    assert_eq!(bench.ready_in_ms(), 3_000);
+    assert_eq!((bench.ready_in_ms(), bench.rest_ms()), (0, 3_000));
     bench.now_ms = 4_000;
     // It has not made the rest of the breaker longer.
     bench.fail_often();
@@ -232,15 +266,15 @@ fn a_trial_that_is_pushed_back_closes_and_rests() {
 }
 
 #[test]
-fn the_longer_of_two_rests_counts() {
-    for (push_back_ms, ready_ms) in [(300, 1_000), (5_000, 5_000)] {
+fn a_push_back_makes_no_opening_longer() {
+    for push_back_ms in [300, 5_000] {
         let mut bench = Bench::new();
         let late = bench.enter().unwrap();
         bench.fail_often();
         assert_eq!(bench.learn(late, busy_for(push_back_ms)), None);
-        assert_eq!((bench.state(), bench.ready_in_ms()), (State::Open, ready_ms));
-        assert_eq!(bench.enter().unwrap_err().for_at_least.as_millis(), ready_ms);
-        bench.now_ms = ready_ms as u64;
+        assert_eq!((bench.state(), bench.ready_in_ms()), (State::Open, 1_000));
+        assert_eq!(bench.enter().unwrap_err().for_at_least.as_millis(), 1_000);
+        bench.now_ms = 1_000;
         assert!(bench.enter().unwrap().is_trial());
     }
 }
@@ -291,14 +325,14 @@ fn what_is_forced_upon_a_resting_backend_counts() {
     // When it answers, whether a trial is out then, how; what changes, what is then, and for how long it rests.
     let cases: [Case; 11] = [
         (500, false, SUCCESS, Some((open, closed)), closed, 0),
-        (500, false, BUSY, Some((open, closed)), closed, 250),
+        (500, false, BUSY, Some((open, closed)), closed, 0),
         (500, false, FAILURE, None, open, 500),
         (500, false, ABANDONED, None, open, 500),
         (1_500, false, SUCCESS, Some((open, closed)), closed, 0),
         (1_500, false, FAILURE, None, open, 2_000),
         (1_500, false, ABANDONED, None, open, 0),
         (1_500, true, SUCCESS, Some((half, closed)), closed, 0),
-        (1_500, true, BUSY, Some((half, closed)), closed, 250),
+        (1_500, true, BUSY, Some((half, closed)), closed, 0),
         (1_500, true, FAILURE, None, half, 1_000),
         (1_500, true, ABANDONED, None, half, 1_000),
     ];

@@ -1,6 +1,6 @@
 //! A place on a backend for one request: whose, and what if there is none at the moment.
 //!
-//! A place is claimed on the member that the policy picks. If every replica is full or has asked to be spared, or none is
+//! A place is claimed on the member that the policy picks. If every replica is full, or none is
 //! ready but one is starting, the request waits in the line of its model ([`crate::waiting`]), for a bounded time and
 //! behind a bounded number of others, until it is called: by whoever gives a place back, by control when it has published
 //! another table, or by the clock when a replica has rested.
@@ -51,7 +51,14 @@ pub(super) struct Queue {
 #[derive(Debug, Clone)]
 pub(super) enum Wanted<'r> {
     /// Any member of this model's pool, but for those that have been tried.
-    AnyOf { model: &'r str, tried: &'r [Arc<Backend>], prompt_bytes: u64, prompt: Option<&'r Prompt> },
+    AnyOf {
+        model: &'r str,
+        tried: &'r [Arc<Backend>],
+        prompt_bytes: u64,
+        prompt: Option<&'r Prompt>,
+        /// There is an answer already, which none that is known to be broken would better.
+        spares_the_broken: bool,
+    },
     /// This one alone.
     Only(Arc<Member>),
 }
@@ -64,7 +71,7 @@ enum Delay {
     /// There may be one soon.
     Wait {
         model: Arc<Model>,
-        /// A replica will have rested by then.
+        /// A replica whose breaker keeps requests away may be tried by then.
         rest: Option<Duration>,
         /// What the client is told if it cannot wait any longer.
         otherwise: ProxyError,
@@ -80,7 +87,15 @@ impl<'r> Wanted<'r> {
         exchange: &Exchange<'_>,
     ) -> Wanted<'r> {
         let prompt_bytes = exchange.body_bytes(replay.seen_bytes());
-        Wanted::AnyOf { model, tried, prompt_bytes, prompt: replay.prompt() }
+        Wanted::AnyOf { model, tried, prompt_bytes, prompt: replay.prompt(), spares_the_broken: false }
+    }
+
+    /// The same, but for those whose breakers keep requests away.
+    pub(super) fn but_for_the_broken(mut self) -> Wanted<'r> {
+        if let Wanted::AnyOf { spares_the_broken, .. } = &mut self {
+            *spares_the_broken = true;
+        }
+        self
     }
 
     fn whom(&self) -> Whom {
@@ -283,9 +298,10 @@ impl Proxy {
         let table;
         let (model, members, asked) = match wanted {
             Wanted::Only(member) => (&member.model, std::slice::from_ref(member), balance::Wanted::default()),
-            Wanted::AnyOf { model: name, tried, prompt_bytes, prompt } => {
+            Wanted::AnyOf { model: name, tried, prompt_bytes, prompt, spares_the_broken } => {
+                let (prompt_bytes, spares_the_broken) = (*prompt_bytes, *spares_the_broken);
                 let affinity = self.affinity.as_ref().zip(*prompt);
-                let asked = balance::Wanted { tried, affinity, prompt_bytes: *prompt_bytes };
+                let asked = balance::Wanted { tried, affinity, prompt_bytes, spares_the_broken };
                 table = self.table.snapshot();
                 if let Some((affinity, _)) = affinity {
                     affinity.follow(table.generation, table.backends().iter().map(|backend| backend.serial));
@@ -328,7 +344,7 @@ impl Proxy {
                 let model = model.clone();
                 Err(match why {
                     NoPlace::Busy { rest } => {
-                        let what = format!("every backend of `{}` is full or overloaded", bounded(&model.id));
+                        let what = format!("every backend of `{}` is full", bounded(&model.id));
                         Delay::Wait { model, rest, otherwise: ProxyError::Overloaded { what, retry_after: rest } }
                     }
                     // The table is out of date; the next one, which is on its way, tells whether there is any hope.

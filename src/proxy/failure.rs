@@ -122,11 +122,13 @@ pub fn trouble(what: What) -> Option<Trouble> {
 }
 
 /// What a backend's record learns from the status of an answer. An error that is the client's (4xx) is none of the
-/// backend's; 429, 503 and 529 say that it is busy, not that it is broken; 501 and 505 speak of the request. `retry_after`:
+/// backend's; 429, 503 and 529 push back: it does not take this request now (429), or any (503, 529); 501 and 505 speak of the request. `retry_after`:
 /// the header of that name, in seconds or as a date (RFC 9110, 10.2.3), compared with what `clock` says.
 pub fn outcome(status: StatusCode, retry_after: Option<&[u8]>, clock: impl FnOnce() -> SystemTime) -> Outcome {
     match status.as_u16() {
-        429 | 503 | 529 => Outcome::PushBack { retry_after: retry_after.and_then(|text| wait(text, clock)) },
+        status @ (429 | 503 | 529) => {
+            Outcome::PushBack { of_all: status != 429, retry_after: retry_after.and_then(|text| wait(text, clock)) }
+        }
         501 | 505 => Outcome::Success,
         500.. => Outcome::Failure,
         _ => Outcome::Success,
@@ -149,7 +151,8 @@ mod tests {
     #[test]
     fn what_a_status_teaches() {
         let clock = || SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
-        let pushed = |seconds: Option<u64>| Outcome::PushBack { retry_after: seconds.map(Duration::from_secs) };
+        let pushed =
+            |of_all, seconds: Option<u64>| Outcome::PushBack { of_all, retry_after: seconds.map(Duration::from_secs) };
         for (status, retry_after, expect) in [
             (200, None, Outcome::Success),
             (302, None, Outcome::Success),
@@ -161,14 +164,14 @@ mod tests {
             (502, None, Outcome::Failure),
             (504, None, Outcome::Failure),
             (599, None, Outcome::Failure),
-            (429, None, pushed(None)),
-            (429, Some(" 7 "), pushed(Some(7))),
-            (529, Some("0"), pushed(Some(0))),
-            (503, Some("soon"), pushed(None)),
-            (503, Some("-1"), pushed(None)),
-            (503, Some("99999999999"), pushed(None)),
-            (503, Some("Sun, 09 Sep 2001 01:47:10 GMT"), pushed(Some(30))),
-            (503, Some("Sun, 09 Sep 2001 01:46:10 GMT"), pushed(Some(0))),
+            (429, None, pushed(false, None)),
+            (429, Some(" 7 "), pushed(false, Some(7))),
+            (529, Some("0"), pushed(true, Some(0))),
+            (503, Some("soon"), pushed(true, None)),
+            (503, Some("-1"), pushed(true, None)),
+            (503, Some("99999999999"), pushed(true, None)),
+            (503, Some("Sun, 09 Sep 2001 01:47:10 GMT"), pushed(true, Some(30))),
+            (503, Some("Sun, 09 Sep 2001 01:46:10 GMT"), pushed(true, Some(0))),
         ] {
             let status = StatusCode::from_u16(status).unwrap();
             let got = outcome(status, retry_after.map(str::as_bytes), clock);

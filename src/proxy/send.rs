@@ -93,6 +93,9 @@ impl Proxy {
                                 Outcome::Failure => in_flight.failed(Trouble::Status(head.status.as_u16()), now),
                                 _ => in_flight.answered(outcome, now),
                             }
+                            if head.status.as_u16() < 400 {
+                                in_flight.was_served();
+                            }
                             exchange.answered(attempt.written_at, now);
                             let mut answer = Answer { head, attempt, in_flight };
                             let is_busy = matches!(outcome, Outcome::PushBack { .. });
@@ -207,7 +210,7 @@ impl Proxy {
         if !self.may_retry(model, tried) {
             return None;
         }
-        let wanted = Wanted::any_of(&model.id, tried, replay, exchange);
+        let wanted = Wanted::any_of(&model.id, tried, replay, exchange).but_for_the_broken();
         let elsewhere = self.claim_at_once(&wanted, exchange)?;
         model.retries.take_out().then_some(elsewhere)
     }

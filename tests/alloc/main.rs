@@ -30,7 +30,7 @@ fn choosing_allocates_nothing() {
             // Until all are full and the last ones have been refused.
             for n in 0..size * 4 + 50 {
                 let wanted =
-                    Wanted { tried: if n % 2 == 0 { &[] } else { &tried }, affinity: None, prompt_bytes: 1_000 };
+                    Wanted { tried: if n % 2 == 0 { &[] } else { &tried }, prompt_bytes: 1_000, ..Wanted::default() };
                 if let Ok(mut in_flight) = claim(&members, policy, &wanted, &mut rng, now) {
                     in_flight.first_byte(now + Duration::from_millis(9));
                     held.push(in_flight);

@@ -259,24 +259,93 @@ async fn p06_if_nobody_does_any_better_the_first_answer_stands() {
     assert_eq!(a.count(), 1);
 }
 
+/// Sends requests one after the other, each of which must get this status within the time of a request that is not held up.
+async fn ask_at_once(app: &TestApp, n: usize, status: u16) {
+    for _ in 0..n {
+        let since = Instant::now();
+        let answer = app.ask(&Request::chat("m")).await;
+        assert_eq!(answer.status, status, "{}", answer.text());
+        assert!(since.elapsed() < Duration::from_secs(1), "held up for {:?}", since.elapsed());
+    }
+}
+
+fn turned_away() -> Script {
+    reply("429 Too Many Requests", "retry-after: 3600\r\nx-own: 1\r\n", "your quota")
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn p06_requests_wait_while_the_only_replica_rests() {
-    let a = Upstream::start("a", &["m"]).await;
-    let app = TestApp::with(&[&a]).await;
-    a.script(busy("retry-after: 1\r\n"));
+async fn p06_a_push_back_of_the_only_replica_holds_up_nobody_else() {
+    let overloaded = reply("529 Overloaded", "retry-after: 60\r\n", "no");
+    for (status, script) in [(429, turned_away()), (503, busy("retry-after: 60\r\n")), (529, overloaded)] {
+        for knobs in [&[][..], &[("PROXY_QUEUE_MAX", "0")], &[("PROXY_BALANCE", "prefix")]] {
+            let a = Upstream::start("a", &["m"]).await;
+            let app = TestApp::start_with_backends(knobs, &[&a]).await;
+            for _ in 0..3 {
+                a.script(script.clone());
+                let answer = app.ask(&Request::chat("m")).await;
+                assert!(answer.status == status && answer.header("retry-after").is_some());
+                ask_at_once(&app, 5, 200).await;
+            }
+            // All of them are sent, and get what the backend says.
+            a.always(script.clone());
+            ask_at_once(&app, 5, status).await;
+            assert_eq!(a.count(), 3 * 6 + 5);
+            breaker_is(&app, "a", CLOSED).await;
+            assert_eq!(app.metric("proxy_queue_wait_seconds_count", &[("model", "m")]).await, None);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p06_while_others_are_full_a_replica_that_pushes_back_is_asked() {
+    let app = TestApp::start_with(&[("PROXY_BALANCE", "least")]).await;
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m"]).await);
+    app.add(Spec::of(&a)).await;
+    a.script(busy("retry-after: 60\r\n"));
     assert_eq!(app.ask(&Request::chat("m")).await.status, 503);
-    let since = Instant::now();
-    let answer = app.ask(&Request::chat("m")).await;
-    assert_eq!(answer.status, 200, "{}", answer.text());
-    assert!(since.elapsed() > Duration::from_millis(900), "{:?}", since.elapsed());
-    assert!(app.metric("proxy_queue_wait_seconds_count", &[("model", "m")]).await > Some(0.0));
-    // Who may not wait is told when to come back.
-    let app = TestApp::start_with_backends(&[("PROXY_QUEUE_MAX", "0")], &[&a]).await;
-    a.script(busy("retry-after: 9\r\n"));
-    assert_eq!(app.ask(&Request::chat("m")).await.status, 503);
-    let answer = app.ask(&Request::chat("m")).await;
-    assert_openai_error(&answer, 429, "overloaded");
-    assert_eq!(answer.header("retry-after"), Some("9"));
+    app.add(Spec::of(&b).label("inference.max_inflight", 1)).await;
+    let gate = Gate::shut();
+    b.always(held_reply(&gate));
+    let mut held = app.client().await;
+    held.send(Request::chat("m").bytes()).await;
+    b.whole(0).await;
+    assert_eq!(a.count(), 1, "the other one is preferred");
+    ask_at_once(&app, 5, 200).await;
+    assert_eq!((a.count(), b.count()), (6, 1));
+    gate.open();
+    assert_eq!(held.answer().await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p06_one_clients_quota_is_nobody_elses() {
+    // Its quota is used up wherever it is sent; all others are served.
+    let (a, b, app) = two_with(&[("PROXY_BALANCE", "round_robin")]).await;
+    for round in 0..5 {
+        let before = [a.count(), b.count()];
+        for upstream in [&a, &b] {
+            upstream.script(turned_away());
+        }
+        let answer = app.ask(&Request::chat("m")).await;
+        assert_eq!((answer.status, answer.header("retry-after")), (429, Some("3600")), "round {round}");
+        assert_eq!([a.count(), b.count()], before.map(|count| count + 1), "asked both");
+        ask_at_once(&app, 20, 200).await;
+        let got = [a.count() - before[0] - 1, b.count() - before[1] - 1];
+        assert!(got.iter().all(|got| (8..=12).contains(got)), "neither is spared: {got:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p06_requests_turned_away_in_a_row_make_others_prefer_another_replica_until_one_is_served() {
+    let (a, b, app) = two_with(&[("PROXY_BALANCE", "round_robin")]).await;
+    a.always(reply("429 Too Many Requests", "retry-after: 60\r\n", "no"));
+    ask_at_once(&app, 20, 200).await;
+    assert_eq!((a.count(), b.count()), (2, 20));
+    // The other one is gone: the one that pushes back is asked, serves, and is as good as any again.
+    a.always(json_reply("{}"));
+    app.stopping("b").await;
+    app.rotation_is(1, "b is out").await;
+    ask_at_once(&app, 1, 200).await;
+    assert_eq!(a.count(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -41,6 +41,8 @@ struct Model {
     /// All attempts since it was closed, but for old ones: in which five seconds, and whether they succeeded.
     log: Vec<(u64, bool)>,
     busy_until_ms: u64,
+    /// Push-backs since the last request that was served.
+    pushed_back: u64,
 }
 
 /// What may happen to the model when an attempt fails.
@@ -54,12 +56,11 @@ enum Trip {
 
 impl Model {
     fn ready_in_ms(&self, now_ms: u64) -> u64 {
-        let breaker = match self.is {
+        match self.is {
             Is::Closed => 0,
-            Is::Open { trial_out: true, .. } => 1_000,
+            Is::Open { trial_out: true, until_ms } => until_ms.saturating_sub(now_ms).min(1_000),
             Is::Open { until_ms, .. } => until_ms.saturating_sub(now_ms),
-        };
-        breaker.max(self.busy_until_ms.saturating_sub(now_ms))
+        }
     }
 
     fn state(&self) -> State {
@@ -73,8 +74,10 @@ impl Model {
     fn admit(&mut self, now_ms: u64) -> Option<Kind> {
         match &mut self.is {
             Is::Closed => Some(Kind::Usual),
-            Is::Open { until_ms, trial_out } if !*trial_out && *until_ms <= now_ms => {
-                *trial_out = true;
+            Is::Open { until_ms, trial_out } if *until_ms <= now_ms => {
+                // Nothing was heard of the one before for half a minute.
+                self.epoch += u64::from(*trial_out);
+                (*trial_out, *until_ms) = (true, now_ms + 30_000);
                 Some(Kind::Trial)
             }
             Is::Open { .. } => None,
@@ -111,9 +114,12 @@ impl Model {
     }
 
     fn learn(&mut self, attempt: Attempt, outcome: Outcome, now_ms: u64, tripped: bool) -> Result<(), String> {
-        if let Outcome::PushBack { retry_after } = outcome {
-            let rest = retry_after.map_or(250, |asked| (asked.as_millis() as u64).clamp(50, 10_000));
-            self.busy_until_ms = self.busy_until_ms.max(now_ms + rest);
+        if let Outcome::PushBack { of_all, retry_after } = outcome {
+            self.pushed_back += 1;
+            if of_all || self.pushed_back > 1 {
+                let rest = retry_after.map_or(250, |asked| (asked.as_millis() as u64).clamp(50, 10_000));
+                self.busy_until_ms = self.busy_until_ms.max(now_ms + rest);
+            }
         }
         if attempt.epoch != self.epoch {
             return Ok(());
@@ -149,7 +155,11 @@ impl Model {
                     self.open(now_ms);
                 }
             }
-            (Is::Open { trial_out, .. }, _) => *trial_out &= attempt.kind != Kind::Trial,
+            (Is::Open { trial_out, until_ms }, _) => {
+                if attempt.kind == Kind::Trial {
+                    (*trial_out, *until_ms) = (false, now_ms);
+                }
+            }
         }
         Ok(())
     }
@@ -168,6 +178,8 @@ struct Seen {
     forced_longer: u64,
     late: u64,
     late_trials: u64,
+    lost_trials: u64,
+    rested: u64,
     refused: u64,
     refused_half_open: u64,
     back_in_time: u64,
@@ -177,8 +189,8 @@ fn outcome(rng: &mut fastrand::Rng, failing: f64) -> Outcome {
     let retry_after = Duration::from_millis(rng.u64(..) >> rng.u32(47..64));
     match rng.u8(..) {
         0..24 => Outcome::Abandoned,
-        24..28 => Outcome::PushBack { retry_after: None },
-        28..32 => Outcome::PushBack { retry_after: Some(retry_after) },
+        24..28 => Outcome::PushBack { of_all: rng.bool(), retry_after: None },
+        28..32 => Outcome::PushBack { of_all: rng.bool(), retry_after: Some(retry_after) },
         _ if rng.f64() < failing => Outcome::Failure,
         _ => Outcome::Success,
     }
@@ -196,6 +208,7 @@ fn play(rng: &mut fastrand::Rng, at: &dyn Fn(usize) -> String, seen: &mut Seen) 
         in_a_row: 0,
         log: Vec::new(),
         busy_until_ms: 0,
+        pushed_back: 0,
     };
     let mut out: Vec<Attempt> = Vec::new();
     // Each history has its own weather.
@@ -224,7 +237,9 @@ fn play(rng: &mut fastrand::Rng, at: &dyn Fn(usize) -> String, seen: &mut Seen) 
                 Some((pass, kind))
             } else {
                 let rest_ms = model.ready_in_ms(now_ms);
-                let expect = if model.busy_until_ms > now_ms { None } else { model.admit(now_ms) };
+                let lost = model.state() == State::HalfOpen;
+                let expect = model.admit(now_ms);
+                seen.lost_trials += u64::from(lost && expect.is_some());
                 match (bench.enter(), expect) {
                     (Ok(pass), Some(kind)) => {
                         assert_eq!(pass.is_trial(), kind == Kind::Trial, "{}", at(step));
@@ -243,8 +258,13 @@ fn play(rng: &mut fastrand::Rng, at: &dyn Fn(usize) -> String, seen: &mut Seen) 
         } else if !out.is_empty() {
             let attempt = out.swap_remove(rng.usize(0..out.len()));
             let outcome = outcome(rng, failing);
+            if outcome == SUCCESS {
+                bench.breaker.has_served();
+                (model.busy_until_ms, model.pushed_back) = (0, 0);
+            }
             settle(&bench, &mut model, attempt, outcome, seen).unwrap_or_else(|e| panic!("{}: {e}", at(step)));
         }
+        seen.rested += u64::from(bench.rest_ms() > 0);
         check(&bench, &model, &out, &mut checked).unwrap_or_else(|e| panic!("{}: {e}", at(step)));
     }
     // Everybody leaves; after the longest of all rests one success is enough.
@@ -291,6 +311,10 @@ fn check(bench: &Bench, model: &Model, out: &[Attempt], checked: &mut Breaker) -
     if (state, ready_in_ms) != (model.state(), model.ready_in_ms(bench.now_ms)) {
         return Err(format!("{breaker:?} with {ready_in_ms} ms to go, but {model:?}"));
     }
+    let rest_ms = model.busy_until_ms.saturating_sub(bench.now_ms);
+    if bench.rest_ms() != u128::from(rest_ms) {
+        return Err(format!("{} ms of rest instead of {rest_ms}", bench.rest_ms()));
+    }
     let trials = out.iter().filter(|a| a.kind == Kind::Trial && a.epoch == model.epoch).count();
     if trials != usize::from(state == State::HalfOpen) {
         return Err(format!("{state} with {trials} trials out"));
@@ -331,6 +355,7 @@ fn random_histories_keep_to_the_rules() {
     }
     println!("seed {seed}: {seen:?}");
     let Seen { by_run, by_ratio, halved, longest_rest, taken_back, handed_back, .. } = seen;
+    let Seen { lost_trials, rested, .. } = seen;
     let Seen { forced_closed, forced_longer, late, late_trials, refused, refused_half_open, back_in_time, .. } = seen;
     for (what, count) in [
         ("trips by a run", by_run),
@@ -343,6 +368,8 @@ fn random_histories_keep_to_the_rules() {
         ("longer rests by force", forced_longer),
         ("late answers", late),
         ("late answers of trials", late_trials),
+        ("trials lost", lost_trials),
+        ("rests after push-backs", rested),
         ("refusals", refused),
         ("refusals while half-open", refused_half_open),
         ("clocks that were read before", back_in_time),
