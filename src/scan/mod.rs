@@ -27,6 +27,9 @@ pub use usage::{AnswerKind, Finish, Usage, UsageTap};
 /// The longest model name, in bytes after unescaping. The longest in use are paths and repository ids of some 200.
 pub const MODEL_LIMIT_BYTES: usize = 1024;
 
+/// How much of a longer one is told to its sender, in characters.
+pub const MODEL_SHOWN_CHARS: usize = 200;
+
 /// The name of the key in an object, and of the field in a form.
 const KEY: &[u8] = b"model";
 
@@ -78,7 +81,7 @@ pub enum ScanError {
     },
     /// The body is compressed in a way that is not understood here, so the model in it cannot be read.
     #[error(
-        "request body has Content-Encoding {coding:?}; send it plain or with gzip, or name the model in the query as ?model="
+        "request body has Content-Encoding {coding:?}, in which its model cannot be read; send it plain or with gzip"
     )]
     UnsupportedCoding {
         /// The coding, cut to a bearable length.
@@ -93,11 +96,11 @@ pub enum ScanError {
     /// The value of `model` is the empty string.
     #[error("`model` must not be empty")]
     ModelEmpty,
-    /// The value of `model` is longer than any model's name.
-    #[error("`model` must not be longer than {limit} bytes")]
+    /// The value of `model` is longer than any model's name, so it names none that exists.
+    #[error("`model` is longer than the name of any model: {begin:?}…")]
     ModelTooLong {
-        /// How long it may be, in bytes.
-        limit: usize,
+        /// Its first [`MODEL_SHOWN_CHARS`].
+        begin: String,
     },
     /// `model` is there more than once and the values are not the same.
     #[error("`model` is named twice, as {first:?} and as {second:?}")]
@@ -114,6 +117,10 @@ pub enum ScanError {
 struct ModelValue {
     reading: Vec<u8>,
     first: Option<String>,
+    /// No name is as good as a name: null and the empty string say that there is none.
+    may_be_none: bool,
+    /// They have said so.
+    is_none: bool,
 }
 
 // === impl ModelScanner ===
@@ -156,6 +163,25 @@ impl ModelScanner {
             const SHOWN_BYTES: usize = 40;
             let shown = String::from_utf8_lossy(&coding[..coding.len().min(SHOWN_BYTES)]).into_owned();
             Err(ScanError::UnsupportedCoding { coding: shown })
+        }
+    }
+
+    /// Takes null and the empty string for no name at all, as if the key were absent; to be asked for before the first byte.
+    pub fn let_model_be_none(&mut self) {
+        self.format.let_model_be_none();
+    }
+
+    /// Whether both would read the same in every body.
+    pub fn reads_as(&self, other: &ModelScanner) -> bool {
+        match (&self.format, &other.format) {
+            (Format::Json(_), Format::Json(_)) => true,
+            (Format::Form(one), Format::Form(other)) => one.reads_as(other),
+            (Format::Gzip(one), Format::Gzip(other)) => match (one.format(), other.format()) {
+                (Format::Json(_), Format::Json(_)) => true,
+                (Format::Form(one), Format::Form(other)) => one.reads_as(other),
+                _ => false,
+            },
+            _ => false,
         }
     }
 
@@ -257,6 +283,14 @@ impl Format {
         }
     }
 
+    fn let_model_be_none(&mut self) {
+        match self {
+            Format::Json(json) => json.let_model_be_none(),
+            Format::Form(form) => form.let_model_be_none(),
+            Format::Gzip(gzip) => gzip.format_mut().let_model_be_none(),
+        }
+    }
+
     fn model(&self) -> Option<&str> {
         match self {
             Format::Json(json) => json.model(),
@@ -295,13 +329,13 @@ impl Format {
 impl ScanError {
     /// The `error.code` of the answer.
     ///
-    /// `model_required` where the body could be read and its `model` is no name; `invalid_json` where it could not be
-    /// read, or in two ways, broken forms and models that differ among them; two more for compressed bodies.
+    /// `model_required` where the body could be read and its `model` is no name, `model_not_found` where no model can have
+    /// that name; `invalid_json` where the body could not be read, or in two ways, broken forms and models that differ
+    /// among them; two more for compressed bodies.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::ModelMissing | Self::ModelNotAString | Self::ModelEmpty | Self::ModelTooLong { .. } => {
-                "model_required"
-            }
+            Self::ModelMissing | Self::ModelNotAString | Self::ModelEmpty => "model_required",
+            Self::ModelTooLong { .. } => "model_not_found",
             Self::InvalidJson { .. }
             | Self::NotAnObject
             | Self::InvalidForm { .. }
@@ -319,31 +353,52 @@ impl ModelValue {
     /// Adds to the value being read. Two bytes more than the limit may be held: a form's value is followed by the line
     /// end of its boundary, which is known as such only later.
     fn push(&mut self, bytes: &[u8]) -> Result<(), ScanError> {
-        if self.reading.len() + bytes.len() > MODEL_LIMIT_BYTES + 2 {
-            return Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES });
-        }
-        self.reading.extend_from_slice(bytes);
-        Ok(())
+        let room = MODEL_LIMIT_BYTES + 2 - self.reading.len();
+        self.reading.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        if bytes.len() > room { Err(self.too_long()) } else { Ok(()) }
     }
 
     /// Ends the value being read: it becomes the first one, or has to equal it. `not_utf8` is the error if it is not
     /// UTF-8.
     fn complete(&mut self, not_utf8: ScanError) -> Result<(), ScanError> {
         if self.reading.is_empty() {
-            return Err(ScanError::ModelEmpty);
+            return self.say_none(ScanError::ModelEmpty);
         }
         if self.reading.len() > MODEL_LIMIT_BYTES {
-            return Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES });
+            return Err(self.too_long());
         }
         let value = String::from_utf8(std::mem::take(&mut self.reading)).map_err(|_| not_utf8)?;
-        match &self.first {
+        match self.said() {
             None => self.first = Some(value),
-            Some(first) if *first == value => {}
+            Some(first) if first == value => {}
             Some(first) => {
-                return Err(ScanError::ModelsDiffer { first: first.clone(), second: value });
+                return Err(ScanError::ModelsDiffer { first: first.to_owned(), second: value });
             }
         }
         Ok(())
+    }
+
+    /// Takes a value that is no name; `error` is what it is where there has to be one.
+    fn say_none(&mut self, error: ScanError) -> Result<(), ScanError> {
+        if !self.may_be_none || self.first.is_some() {
+            return Err(error);
+        }
+        self.is_none = true;
+        Ok(())
+    }
+
+    /// What has been said before.
+    fn said(&self) -> Option<&str> {
+        self.first.as_deref().or(self.is_none.then_some(""))
+    }
+
+    /// The error for the value being read, which is longer than a name.
+    fn too_long(&self) -> ScanError {
+        let begin: String = String::from_utf8_lossy(&self.reading).chars().take(MODEL_SHOWN_CHARS).collect();
+        match self.said() {
+            None => ScanError::ModelTooLong { begin },
+            Some(first) => ScanError::ModelsDiffer { first: first.to_owned(), second: format!("{begin}…") },
+        }
     }
 
     /// Ends the body.
@@ -422,13 +477,16 @@ mod tests {
             assert_eq!(scanner.and_then(|scanner| scan(scanner, [&json[..]])), Ok("m".to_owned()), "{content_type:?}");
         }
 
-        let longest = "b".repeat(70);
+        let longest = "b".repeat(1024);
         for (parameters, boundary) in [
             ("; boundary=B", "B"),
             (" ;charset=UTF-8;  BOUNDARY=\"B\" ; ", "B"),
             ("; boundary=\"a b\"; x=\"; boundary=B\"", "a b"),
             ("; boundary=----=_Part_1.2", "----=_Part_1.2"),
+            ("; boundary=a*b&c{d}#%e", "a*b&c{d}#%e"),
+            ("; boundary=B; charset=latin1", "B"),
             (&format!("; boundary={longest}"), &longest),
+            (&format!("; boundary={}", &longest[..71]), &longest[..71]),
         ] {
             let content_type = format!("Multipart/Form-Data{parameters}");
             let body = format!("--{boundary}\r\nContent-Disposition: form-data; name=model\r\n\r\nm\r\n--{boundary}--");
@@ -447,7 +505,8 @@ mod tests {
             "; boundary=\"\"",
             "; boundary=\"a \"",
             "; boundary=\"a\\b\"",
-            "; boundary=a*b",
+            "; boundary=\"a;b\"",
+            "; boundary=<B>",
             "; boundary=\"B",
             "; boundary=B; boundary=B",
             "; boundary=B; boundary*=utf-8''C",
@@ -483,7 +542,7 @@ mod tests {
             (ScanError::ModelMissing, "model_required"),
             (ScanError::ModelNotAString, "model_required"),
             (ScanError::ModelEmpty, "model_required"),
-            (ScanError::ModelTooLong { limit: 1 }, "model_required"),
+            (ScanError::ModelTooLong { begin: text() }, "model_not_found"),
             (ScanError::NotAnObject, "invalid_json"),
             (ScanError::InvalidJson { why: "", offset: 0 }, "invalid_json"),
             (ScanError::InvalidForm { why: "" }, "invalid_json"),

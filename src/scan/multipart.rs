@@ -3,23 +3,28 @@
 //! A form is cut at the boundary that its Content-Type announces, and nothing else of it is looked at but the headers
 //! of its parts and the value of `model`. Files pass through one substring search and are never held.
 //!
-//! Form readers are far less alike than JSON parsers. Where they are known to differ in what the fields of a body are,
-//! this one refuses the body, for a field that it missed could be the one that a backend obeys: a boundary that is not
-//! a line of its own or not ended by CR LF, header lines that are folded or end in a bare LF, a part with no name, two
-//! names, an escaped one, or `name*` (Starlette takes it for the name or ignores it, depending on the version of its
-//! parser). The clients of inference APIs send none of these. `filename*` does no harm and is ignored, and so is what
-//! stands in front of the first boundary and behind the last.
+//! Form readers are far less alike than JSON parsers. Where two of them could read another `model` in a body, this one
+//! refuses it, for a field that it missed could be the one that a backend obeys: a boundary that is not a line of its own
+//! or not ended by CR LF, header lines that are folded or end in a bare LF, a charset in which ASCII is not ASCII. The
+//! clients of inference APIs send none of these. What stands in front of the first boundary and behind the last is
+//! ignored.
+//!
+//! The header that names a part is written in many ways, and a part with an odd one is refused only if some reader could
+//! take it for `model` (`could_name_model`): quotes in the name of a file, an escaped name of another field, a part with
+//! no name and another disposition than `form-data` pass.
 //!
 //! A part named `model` with a file name counts as the field: servers keep it under that name too, so that it displaces
 //! a `model` in front of it.
 
 use memchr::memchr;
-use memchr::memmem::Finder;
+use memchr::memmem::{self, Finder};
+use percent_encoding::percent_decode;
 
 use super::{KEY, ModelValue, ScanError};
 
-/// The longest boundary (RFC 2046, section 5.1.1).
-const BOUNDARY_LIMIT_BYTES: usize = 70;
+/// The longest boundary. RFC 2046, section 5.1.1, allows 70, but servers take more; past this a body could cost too much
+/// time.
+const BOUNDARY_LIMIT_BYTES: usize = 1024;
 
 /// How many bytes the headers of one part may have, and how many lines. Clients send two or three short ones.
 const HEADERS_LIMIT_BYTES: usize = 8 * 1024;
@@ -34,8 +39,17 @@ pub(super) struct FormScanner {
     state: State,
     /// Finds `--boundary`.
     boundary: Finder<'static>,
+    charset: Charset,
     parts: usize,
     model: ModelValue,
+}
+
+/// How servers may read the bytes of a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Charset {
+    Utf8,
+    /// Bytes of ASCII are ASCII, others depend on the reader.
+    Ascii,
 }
 
 /// What is being read.
@@ -54,6 +68,8 @@ enum State {
 struct Content {
     /// Whether they are a value of `model`.
     model: bool,
+    /// How that is written.
+    charset: Charset,
     /// The last two bytes of it, not counting those withheld.
     last: [u8; 2],
     /// How many bytes more were read. They equal the start of the boundary, and whether they are one or content is for
@@ -69,8 +85,12 @@ struct Headers {
     lines: usize,
     /// Whether the name of the part is `model`; `None` while it is not known.
     model: Option<bool>,
+    /// Another header than Content-Disposition reads like the one that names `model`.
+    looks_like_model: bool,
     /// Whether the content has to be decoded to be read.
     encoded: bool,
+    /// What the part's own Content-Type says, if it says something.
+    charset: Option<Result<Charset, ScanError>>,
 }
 
 // === impl FormScanner ===
@@ -83,24 +103,20 @@ impl FormScanner {
             return Ok(None);
         }
         // Starlette decodes the fields by it.
-        if let Some(charset) = parameter(parameters, b"charset")?
-            && !charset.eq_ignore_ascii_case(b"utf-8")
-            && !charset.eq_ignore_ascii_case(b"us-ascii")
-        {
-            return Err(invalid("its charset is not UTF-8"));
-        }
+        let charset = parameter(parameters, b"charset")?.map_or(Ok(Charset::Utf8), Charset::of)?;
         match parameter(parameters, b"boundary")? {
-            Some(boundary) if is_boundary(boundary) => Ok(Some(Self::new(boundary))),
-            Some(_) => Err(invalid("its boundary is not 1 to 70 of the characters that RFC 2046 allows")),
+            Some(boundary) if is_boundary(boundary) => Ok(Some(Self::new(boundary, charset))),
+            Some(_) => Err(invalid("its boundary is too long, or holds characters that servers read differently")),
             None => Err(invalid("its Content-Type has no boundary")),
         }
     }
 
-    fn new(boundary: &[u8]) -> Self {
+    fn new(boundary: &[u8], charset: Charset) -> Self {
         Self {
             // A body may begin with its boundary: it is read as if a line had ended in front of it.
-            state: State::Content(Content { model: false, last: *b"\r\n", withheld: 0 }),
+            state: State::Content(Content { model: false, charset, last: *b"\r\n", withheld: 0 }),
             boundary: Finder::new(&[b"--", boundary].concat()).into_owned(),
+            charset,
             parts: 0,
             model: ModelValue::default(),
         }
@@ -117,6 +133,14 @@ impl FormScanner {
 
     pub(super) fn model(&self) -> Option<&str> {
         self.model.first.as_deref()
+    }
+
+    pub(super) fn let_model_be_none(&mut self) {
+        self.model.may_be_none = true;
+    }
+
+    pub(super) fn reads_as(&self, other: &FormScanner) -> bool {
+        self.boundary.needle() == other.boundary.needle()
     }
 
     pub(super) fn finish(&self) -> Result<(), ScanError> {
@@ -150,8 +174,13 @@ impl FormScanner {
             State::Headers(headers) => {
                 let used = headers.read(rest, self.boundary.needle())?;
                 if headers.line == b"\r\n" {
-                    let content = Content { model: headers.end()?, last: [0; 2], withheld: 0 };
-                    self.state = State::Content(content);
+                    let model = headers.end()?;
+                    let charset = match headers.charset.take().filter(|_| model) {
+                        Some(charset) if self.charset == Charset::Utf8 => charset?,
+                        Some(charset) => charset.and(Ok(Charset::Ascii))?,
+                        None => self.charset,
+                    };
+                    self.state = State::Content(Content { model, charset, last: [0; 2], withheld: 0 });
                     self.parts += 1;
                 }
                 Ok(used)
@@ -217,6 +246,9 @@ impl Content {
         }
         if self.model {
             model.reading.truncate(model.reading.len().saturating_sub(2));
+            if self.charset == Charset::Ascii && !model.reading.is_ascii() {
+                return Err(invalid("`model` is not ASCII, and the charset is not UTF-8"));
+            }
             model.complete(invalid("`model` is not UTF-8"))?;
         }
         Ok(())
@@ -267,12 +299,26 @@ impl Headers {
             return Err(invalid("a header of a part has no valid name"));
         }
         if name.eq_ignore_ascii_case(b"content-disposition") {
-            if self.model.replace(names_model(value)?).is_some() {
+            let is_model = names_model(value)?;
+            if self.model.replace(is_model).is_some_and(|before| before != is_model) {
                 return Err(invalid("a part has two Content-Dispositions"));
             }
-        } else if name.eq_ignore_ascii_case(b"content-transfer-encoding") {
+            return Ok(());
+        }
+        self.looks_like_model |= memmem::find(value, b"name").is_some() && could_name_model(value);
+        if name.eq_ignore_ascii_case(b"content-transfer-encoding") {
             let identities: [&[u8]; 3] = [b"7bit", b"8bit", b"binary"];
             self.encoded |= !identities.iter().any(|identity| value.eq_ignore_ascii_case(identity));
+        } else if name.eq_ignore_ascii_case(b"content-type") {
+            let (_, parameters) = split_header_value(value);
+            // Some servers decode a field by it. Of parameters that cannot be read, none says a charset.
+            if let Ok(Some(charset)) = parameter(parameters, b"charset") {
+                let charset = Charset::of(charset);
+                self.charset = Some(match self.charset.take() {
+                    Some(other) if other != charset => other.and(charset).and(Ok(Charset::Ascii)),
+                    _ => charset,
+                });
+            }
         }
         Ok(())
     }
@@ -282,22 +328,109 @@ impl Headers {
         match self.model {
             Some(true) if self.encoded => Err(invalid("`model` has a Content-Transfer-Encoding")),
             Some(model) => Ok(model),
-            None => Err(invalid("a part has no Content-Disposition")),
+            None if self.looks_like_model => Err(invalid("a part has no Content-Disposition")),
+            // A part without a name is no server's `model`.
+            None => Ok(false),
         }
     }
 }
 
-/// Whether a Content-Disposition is that of the field `model`.
+// === impl Charset ===
+
+impl Charset {
+    /// How this charset reads. Only those are known in which every byte of ASCII stands for itself: in others a value, or
+    /// the name of a field, may be another one.
+    fn of(name: &[u8]) -> Result<Charset, ScanError> {
+        // Servers look names up without regard to case and punctuation.
+        let name: Vec<u8> =
+            name.iter().filter(|byte| byte.is_ascii_alphanumeric()).map(u8::to_ascii_lowercase).collect();
+        let is_number = |rest: &[u8]| matches!(rest.len(), 1..=2) && rest.iter().all(u8::is_ascii_digit);
+        match &name[..] {
+            b"utf8" => Ok(Charset::Utf8),
+            b"ascii" | b"usascii" | b"ansix341968" | b"ansix341986" | b"iso646us" => Ok(Charset::Ascii),
+            b"iso8859" | b"latin" | b"koi8r" | b"koi8u" | b"koi8t" | b"macroman" | b"macintosh" | b"maccyrillic"
+            | b"tis620" | b"cp437" | b"cp850" | b"cp852" | b"cp855" | b"cp858" | b"cp866" | b"cp874"
+            | b"windows874" => Ok(Charset::Ascii),
+            // Of two bytes, but a lone one of ASCII stands for itself.
+            b"gbk" | b"gb2312" | b"gb18030" | b"big5" | b"big5hkscs" | b"eucjp" | b"euckr" | b"euctw" => {
+                Ok(Charset::Ascii)
+            }
+            name => {
+                let families: [&[u8]; 4] = [b"iso8859", b"latin", b"windows125", b"cp125"];
+                let is_known = families.iter().filter_map(|family| name.strip_prefix(*family)).any(is_number);
+                if is_known { Ok(Charset::Ascii) } else { Err(invalid("its charset is not UTF-8 or one like ASCII")) }
+            }
+        }
+    }
+}
+
+/// Whether a Content-Disposition is that of the field `model`. Its first word does not count: Starlette never looks at it.
 fn names_model(disposition: &[u8]) -> Result<bool, ScanError> {
     let (kind, parameters) = split_header_value(disposition);
-    if !kind.eq_ignore_ascii_case(b"form-data") {
-        return Err(invalid("a part is not form-data"));
+    let doubt = match parameter(parameters, b"name") {
+        _ if !is_token(kind) => invalid("a Content-Disposition is malformed"),
+        // Python drops angle brackets as it drops quotes.
+        Ok(Some(name)) if name.contains(&b'\\') || name.starts_with(b"<") => invalid("the name of a part is escaped"),
+        Ok(Some(KEY)) => return Ok(true),
+        // What is escaped elsewhere may look like a name to a reader that knows no escapes.
+        Ok(Some(_)) if parameters.contains(&b'\\') => invalid("the parameters of a header are escaped"),
+        Ok(Some(_)) => return Ok(false),
+        Ok(None) => invalid("a part has no name"),
+        Err(why) => why,
+    };
+    if could_name_model(disposition) { Err(doubt) } else { Ok(false) }
+}
+
+/// Whether any reader could take this for the Content-Disposition of the field `model`: one that does not know quotes or
+/// escapes, that looks for `name=` anywhere, that believes the first of two names or the last, or that decodes them.
+fn could_name_model(disposition: &[u8]) -> bool {
+    let text: Vec<u8> = percent_decode(disposition).collect();
+    (0..text.len()).any(|at| {
+        // Not the end of `filename`.
+        let is_begin = at == 0 || !is_in_word(text[at - 1]);
+        let Some(mut rest) = after_word(&text[at..], b"name").filter(|_| is_begin).map(skip_marks) else {
+            return false;
+        };
+        if let Some(section) = rest.strip_prefix(b"*") {
+            if section.first().is_some_and(u8::is_ascii_digit) {
+                return true;
+            }
+            // `name*=charset'language'value` (RFC 8187).
+            let Some(value) = skip_marks(section).strip_prefix(b"=") else { return true };
+            let is_like_ascii =
+                [&b"utf-8"[..], b"iso-8859-1"].iter().any(|charset| after_word(value, charset).is_some());
+            return !is_like_ascii || value.split(|byte| *byte == b'\'').any(is_key);
+        }
+        rest = skip_marks(rest);
+        rest.strip_prefix(b"=").is_some_and(is_key)
+    })
+}
+
+/// Whether `text` begins with the key, but for what readers may drop.
+fn is_key(text: &[u8]) -> bool {
+    after_word(skip_marks(text), KEY).is_some_and(|rest| rest.first().is_none_or(|byte| !is_in_word(*byte)))
+}
+
+/// What is behind `word` at the beginning of `text`, without regard to case and to marks within it.
+fn after_word<'t>(mut text: &'t [u8], word: &[u8]) -> Option<&'t [u8]> {
+    for letter in word {
+        let (first, rest) = skip_marks(text).split_first()?;
+        if !first.eq_ignore_ascii_case(letter) {
+            return None;
+        }
+        text = rest;
     }
-    match parameter(parameters, b"name")? {
-        Some(name) if name.contains(&b'\\') => Err(invalid("the name of a part is escaped")),
-        Some(name) => Ok(name == KEY),
-        None => Err(invalid("a part has no name")),
-    }
+    Some(text)
+}
+
+/// `text` without what it begins with that readers may drop: quotes of any kind, escapes, blanks.
+fn skip_marks(text: &[u8]) -> &[u8] {
+    let is_mark = |byte: &u8| matches!(byte, b'"' | b'\\' | b'\'' | b'<' | b' ' | b'\t');
+    &text[text.iter().take_while(|byte| is_mark(byte)).count()..]
+}
+
+fn is_in_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
 }
 
 /// Splits a header value into what precedes the first semicolon, and the rest.
@@ -353,10 +486,11 @@ fn is_token(text: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte))
 }
 
-/// A boundary of RFC 2046, section 5.1.1.
+/// A boundary that all servers read alike. RFC 2046, section 5.1.1, allows fewer characters; those that may end a parameter,
+/// or that servers drop, are none.
 fn is_boundary(text: &[u8]) -> bool {
     (1..=BOUNDARY_LIMIT_BYTES).contains(&text.len())
-        && text.iter().all(|byte| byte.is_ascii_alphanumeric() || b"'()+_,-./:=? ".contains(byte))
+        && text.iter().all(|byte| matches!(byte, b' '..=b'~') && !b"\"\\;<>".contains(byte))
         && !text.ends_with(b" ")
 }
 
@@ -375,7 +509,7 @@ mod tests {
     use proptest::sample::{Index, select};
 
     use super::super::tests::{cut, expected, scan, scan_cut_everywhere};
-    use super::super::{MODEL_LIMIT_BYTES, ModelScanner, ScanError};
+    use super::super::{MODEL_LIMIT_BYTES, MODEL_SHOWN_CHARS, ModelScanner, ScanError};
     use super::invalid;
 
     fn form(boundary: &str) -> ModelScanner {
@@ -419,6 +553,45 @@ mod tests {
         for name in ["\"models\"", "\"Model\"", "\"x\"; title=\"model\"", "\"\"", "%6Dodel", "\"x; name=model\""] {
             check_headers(&format!("Content-Disposition: form-data; name={name}"), Err(ScanError::ModelMissing));
         }
+        // However odd the header is, no reader takes it for that of `model`.
+        for disposition in [
+            "form-data; name=\"file\"; filename=\"say \"hi\".wav\"",
+            "form-data; name=\"file\"; filename=\"5\"disk.img\"",
+            "form-data; name=\"file\"; filename=\"a\"; b\".wav\"; filename*=UTF-8''a.wav",
+            "form-data; name=\"file\"; filename=\"C:\\\"",
+            "form-data; filename=\"C:\\dir\\\"; name=\"file\"",
+            "form-data; name=\"file\"; filename=\"model\"s.wav\"",
+            "form-data; name=\"file\"; filename=model\"",
+            "form-data; name=\"file",
+            "form-data; name=\"file\"x",
+            "form-data; name=a\"; x=\"",
+            "form-data; name=a\"b",
+            "form-data; name =file",
+            "form-data; name= file",
+            "form-data;; name=file",
+            "form-data; name",
+            "form-data",
+            "form-data; name=\"fi\\le\"",
+            "form-data; name=\"the \\\"model\\\" field\"",
+            "form-data; name=\"my\\\\model\"",
+            "form-data; name=\"a\"; name=\"b\"",
+            "form-data; name=\"fa\"; name*=UTF-8''f%C3%A4",
+            "form-data; name*=UTF-8'en'f%C3%A4",
+            "attachment; name=\"file\"; filename=\"a.wav\"",
+            "attachment; filename=\"a.wav\"",
+            "inline",
+        ] {
+            check_headers(&format!("Content-Disposition: {disposition}"), Err(ScanError::ModelMissing));
+        }
+        check_headers("Content-Type: text/plain", Err(ScanError::ModelMissing));
+        check_headers(
+            "Content-Disposition: form-data; name=a\nContent-Disposition: form-data; name=b",
+            Err(ScanError::ModelMissing),
+        );
+        check_headers(
+            "Content-Type: text/plain; charset=utf-16\nContent-Disposition: form-data; name=a",
+            Err(ScanError::ModelMissing),
+        );
         check_headers(
             "Content-Disposition: form-data; name=x\nX-Name: form-data; name=\"model\"",
             Err(ScanError::ModelMissing),
@@ -435,6 +608,9 @@ mod tests {
             "Content-Disposition: form-data; filename=a b.wav; name=\"model\"; filename*=UTF-8''model",
             "Content-Type: text/plain; charset=utf-8\nContent-Disposition: form-data; name=\"model\"\nContent-Length: 1",
             "Content-Transfer-Encoding: 8bit\nContent-Disposition: form-data; name=\"model\"",
+            "Content-Disposition: attachment; name=\"model\"",
+            "Content-Type: text/plain; charset=ISO-8859-1\nContent-Disposition: form-data; name=\"model\"",
+            "Content-Disposition: form-data; name=model\nContent-Type: text/\"; charset",
             // A file named `model` is the field as well: servers would take it for it.
             "Content-Disposition: form-data; name=\"model\"; filename=\"m.txt\"\nContent-Type: text/plain",
         ] {
@@ -454,15 +630,30 @@ mod tests {
             ("Content-Disposition: form-data; name=\"mo\\del\"", "the name of a part is escaped"),
             ("Content-Disposition: form-data; name=\"model", malformed),
             ("Content-Disposition: form-data; name=\"model\"x", malformed),
-            ("Content-Disposition: form-data; name=a\"; x=\"", malformed),
-            ("Content-Disposition: form-data; name=a\"b", malformed),
+            ("Content-Disposition: form-data; name=\"model\"; filename=\"say \"hi\".txt\"", malformed),
+            ("Content-Disposition: form-data; filename=\"C:\\\"; name=\"model\"", malformed),
+            ("Content-Disposition: form-data; name=\"file\"; filename=\"a\"; name=\"model\".wav\"", repeated),
+            ("Content-Disposition: form-data; name=mo\"del", malformed),
+            ("Content-Disposition: form-data; na\"me\"=model", malformed),
+            ("Content-Disposition: form-data name=model", "a Content-Disposition is malformed"),
+            ("Content-Disposition: ; name=model", "a Content-Disposition is malformed"),
+            ("Content-Disposition: form-data; name=<model>", "the name of a part is escaped"),
+            ("Content-Disposition: form-data; name=\"\\model\"", "the name of a part is escaped"),
+            ("Content-Disposition: form-data; name=\"a\\\"; name=\\\"model\"", "the name of a part is escaped"),
+            (
+                "Content-Disposition: form-data; filename=\"a\\\"; name=\\\"model\"; name=b",
+                "the parameters of a header are escaped",
+            ),
+            ("Content-Disposition: form-data; filename=\"; name=model\"", "a part has no name"),
+            ("Content-Disposition: form-data; name=a; name*=UTF-16LE''m%00o%00d%00e%00l%00", repeated),
+            ("Content-Disposition: form-data; name*=utf-8''%6dode%6C", repeated),
             ("Content-Disposition: form-data; name =model", malformed),
             ("Content-Disposition: form-data; name= model", malformed),
             ("Content-Disposition: form-data;; name=model", malformed),
-            ("Content-Disposition: form-data; name", malformed),
-            ("Content-Disposition: form-data", "a part has no name"),
-            ("Content-Disposition: attachment; name=model", "a part is not form-data"),
-            ("Content-Type: text/plain", "a part has no Content-Disposition"),
+            (
+                "Content-Type: text/plain; charset=utf-16\nContent-Disposition: form-data; name=model",
+                "its charset is not UTF-8 or one like ASCII",
+            ),
             (
                 "Content-Disposition: form-data; name=a\nContent-Disposition: form-data; name=model",
                 "a part has two Content-Dispositions",
@@ -488,6 +679,57 @@ mod tests {
             b"--B\r\nContent-Disposition: form-data; name=model\n\r\nm\r\n--B--",
             Err(invalid("a header of a part does not end in CR LF")),
         );
+    }
+
+    #[test]
+    fn a_charset_like_ascii_does_not_matter_to_a_model_of_ascii() {
+        let scan_as = |charset: &str, headers: &str, model: &[u8]| {
+            let content_type = format!("multipart/form-data; boundary=B; charset={charset}");
+            let scanner = ModelScanner::for_content_type(Some(content_type.as_bytes()))?;
+            let head = format!("--B\r\n{headers}Content-Disposition: form-data; name=model\r\n\r\n");
+            scan(scanner, [head.as_bytes(), model, b"\r\n--B--"])
+        };
+        let not_ascii = Err(invalid("`model` is not ASCII, and the charset is not UTF-8"));
+        for charset in ["utf-8", "UTF8", "\"utf-8\"", "Utf_8"] {
+            assert_eq!(scan_as(charset, "", "\u{e9}".as_bytes()), Ok("\u{e9}".to_owned()), "{charset}");
+        }
+        for charset in ["us-ascii", "ISO-8859-1", "iso8859-15", "latin1", "windows-1252", "cp1251", "KOI8-R", "gbk"] {
+            assert_eq!(scan_as(charset, "", b"m"), Ok("m".to_owned()), "{charset}");
+            for model in ["\u{e9}".as_bytes(), b"\xe9"] {
+                assert_eq!(scan_as(charset, "", model), not_ascii, "{charset}");
+            }
+            let of_the_part = format!("Content-Type: text/plain; charset={charset}\r\n");
+            assert_eq!(scan_as("utf-8", &of_the_part, b"m"), Ok("m".to_owned()), "{charset}");
+            assert_eq!(scan_as("utf-8", &of_the_part, "\u{e9}".as_bytes()), not_ascii, "{charset}");
+        }
+        let unlike_ascii = Err(invalid("its charset is not UTF-8 or one like ASCII"));
+        for charset in
+            ["utf-16", "UTF16LE", "utf-32", "utf-7", "cp037", "cp500", "utf-8-sig", "hz", "iso-2022-jp", "x", ""]
+        {
+            assert_eq!(scan_as(charset, "", b"m"), unlike_ascii, "{charset}");
+            let of_the_part = format!("Content-Type: text/plain; charset={charset}\r\n");
+            assert_eq!(scan_as("utf-8", &of_the_part, b"m"), unlike_ascii, "{charset}");
+        }
+    }
+
+    #[test]
+    fn no_value_is_no_model_where_there_need_be_none() {
+        let part = |value: &str| format!("--B\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\n{value}\r\n");
+        let differ = |first: &str, second: &str| {
+            Err(ScanError::ModelsDiffer { first: first.to_owned(), second: second.to_owned() })
+        };
+        for (values, expected) in [
+            (&[""][..], Err(ScanError::ModelMissing)),
+            (&["", ""], Err(ScanError::ModelMissing)),
+            (&["m"], Ok("m".to_owned())),
+            (&["", "m"], differ("", "m")),
+            (&["m", ""], Err(ScanError::ModelEmpty)),
+        ] {
+            let mut scanner = form("B");
+            scanner.let_model_be_none();
+            let body = values.iter().copied().map(part).collect::<String>() + "--B--";
+            assert_eq!(scan(scanner, [body.as_bytes()]), expected, "{values:?}");
+        }
     }
 
     #[test]
@@ -517,7 +759,10 @@ mod tests {
         check(&format!("{}--B--", part(&longest)), Ok(&longest));
         for excess in 1..5 {
             let value = "m".repeat(MODEL_LIMIT_BYTES + excess);
-            check(&format!("{}--B--", part(&value)), Err(ScanError::ModelTooLong { limit: MODEL_LIMIT_BYTES }));
+            let begin = "m".repeat(MODEL_SHOWN_CHARS);
+            check(&format!("{}--B--", part(&value)), Err(ScanError::ModelTooLong { begin: begin.clone() }));
+            let differ = ScanError::ModelsDiffer { first: "a".to_owned(), second: format!("{begin}…") };
+            check(&format!("{}{}--B--", part("a"), part(&value)), Err(differ));
         }
         check_bytes(
             b"--B\r\nContent-Disposition: form-data; name=model\r\n\r\n\xFF\r\n--B--",

@@ -10,7 +10,7 @@ const MIB: usize = 1024 * 1024;
 const BOUNDARY: &str = "----it7MA4YWxkTrZu0gW";
 
 /// Bodies whose model is `right`, each with a trap in it that says `wrong`.
-const TRAPS: [&str; 26] = [
+const TRAPS: [&str; 28] = [
     r#"{"model":"right"}"#,
     r#"{"model":"right","messages":[{"role":"user","content":"hi"}]}"#,
     r#"{"messages":[{"role":"user","content":"hi"}],"max_tokens":1,"model":"right"}"#,
@@ -34,7 +34,10 @@ const TRAPS: [&str; 26] = [
     r#"{"a":[[{"model":"wrong"}],["model","wrong"]],"model":"right"}"#,
     r#"{"a":{"b":{}},"c":[],"d":[{}],"model":"right","e":{"f":[{"model":"wrong"}]}}"#,
     // Not the key: another name.
-    r#"{"Model":"wrong","MODEL":"wrong","model ":"wrong"," model":"wrong","models":"wrong","model":"right"}"#,
+    r#"{"Models":"wrong","MODE":"wrong","model ":"wrong"," model":"wrong","models":"wrong","model":"right"}"#,
+    // The key in another case, as servers written in Go take it.
+    r#"{"Model":"right"}"#,
+    r#"{"model":"right","MODEL":"right","mod\u0045l":"right"}"#,
     r#"{"mode":"wrong","modell":"wrong","model\u0000":"wrong","":"wrong","model":"right"}"#,
     // Values of every kind in between.
     r#"{"a":-1.5e+10,"b":true,"c":false,"d":null,"e":0,"f":"","g":"é\ud83d\ude00","model":"right","h":1E-2}"#,
@@ -46,7 +49,11 @@ const TRAPS: [&str; 26] = [
 ];
 
 /// Bodies that name two models at the top level.
-const DISAGREEING: [&str; 6] = [
+const DISAGREEING: [&str; 10] = [
+    r#"{"model":"right","Model":"wrong"}"#,
+    r#"{"MODEL":"wrong","model":"right"}"#,
+    r#"{"model":"right","\u004dODEL":"wrong"}"#,
+    r#"{"model":"right","Model":null}"#,
     r#"{"model":"right","model":"wrong"}"#,
     r#"{"model":"wrong","messages":[],"model":"right"}"#,
     r#"{"model":"right","mod\u0065l":"wrong"}"#,
@@ -263,7 +270,7 @@ async fn r01_two_models_are_refused_before_anything_is_forwarded() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r01_two_models_far_apart_are_refused_and_the_backend_is_cut_off() {
     let fork = Fork::start().await;
-    let late = [r#","model":"wrong""#, r#","mod\u0065l":"\u0077rong""#];
+    let late = [r#","model":"wrong""#, r#","mod\u0065l":"\u0077rong""#, r#","Model":"wrong""#];
     for after in late {
         let body = large_json(r#""model":"right","#, 4 * MIB, after);
         for request in [

@@ -103,19 +103,37 @@ fn scan(mut scanner: ModelScanner, pieces: &[&[u8]]) -> Result<(String, Option<S
     }
 }
 
-/// What a scanner has to say of a body in which another reader found these values of `model`, in their order; `None` is
-/// a value that is no string.
-fn expected(models: impl IntoIterator<Item = Option<String>>) -> Result<String, ScanError> {
-    let limit = inference_proxy::scan::MODEL_LIMIT_BYTES;
-    let mut first: Option<String> = None;
+/// A value of `model` that another reader found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Model {
+    Text(String),
+    Null,
+    /// A number, a literal, an array or an object.
+    Other,
+}
+
+/// What a scanner has to say of a body in which another reader found these values of `model`, in their order.
+fn expected(models: impl IntoIterator<Item = Model>, may_be_none: bool) -> Result<String, ScanError> {
+    use inference_proxy::scan::{MODEL_LIMIT_BYTES, MODEL_SHOWN_CHARS};
+    let mut said: Option<String> = None;
     for model in models {
-        let model = model.ok_or(ScanError::ModelNotAString)?;
-        match first {
-            _ if model.is_empty() => return Err(ScanError::ModelEmpty),
-            _ if model.len() > limit => return Err(ScanError::ModelTooLong { limit }),
-            Some(first) if first != model => return Err(ScanError::ModelsDiffer { first, second: model }),
-            _ => first = Some(model),
+        let (model, error) = match model {
+            Model::Text(text) => (text, ScanError::ModelEmpty),
+            Model::Null => (String::new(), ScanError::ModelNotAString),
+            Model::Other => return Err(ScanError::ModelNotAString),
+        };
+        let begin = || model.chars().take(MODEL_SHOWN_CHARS).collect::<String>();
+        let is_long = model.len() > MODEL_LIMIT_BYTES;
+        match said {
+            Some(first) if !model.is_empty() && first != model => {
+                let second = if is_long { begin() + "…" } else { model };
+                return Err(ScanError::ModelsDiffer { first, second });
+            }
+            Some(first) if model.is_empty() && !first.is_empty() => return Err(error),
+            _ if model.is_empty() && !may_be_none => return Err(error),
+            _ if is_long => return Err(ScanError::ModelTooLong { begin: begin() }),
+            _ => said = Some(model),
         }
     }
-    first.ok_or(ScanError::ModelMissing)
+    said.filter(|model| !model.is_empty()).ok_or(ScanError::ModelMissing)
 }
