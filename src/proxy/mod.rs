@@ -223,7 +223,7 @@ impl Proxy {
             self.reject(&error, asked.dialect)
         };
         let options = head.method == Method::OPTIONS;
-        let names_no_model = || paths::model_in_query(head.query()).is_none();
+        let names_no_model = || paths::model_in_query(head.query()) == Ok(None);
         let response = match paths::classify(&head.method, head.path()) {
             _ if let Some(fault) = head.host_fault() => {
                 let error = ProxyError::BadRequest { code: "invalid_request", message: fault.to_owned() };
@@ -246,6 +246,8 @@ impl Proxy {
             }
             Target::Control => no_path("engines' control endpoints are not reachable through this proxy"),
             _ if options && names_no_model() => self.cors.preflight(&asked),
+            // A server that reads none would take the body for the next request.
+            Target::Forward { .. } if options && head.framing != Framing::Empty => self.cors.preflight(&asked),
             Target::Forward { below_v1 } => return self.forward(client, &asked, below_v1.is_some()).await,
             Target::Own(page) if self.shows(page) => {
                 self.reject(&ProxyError::MethodNotAllowed { allow: admin::ALLOW }, asked.dialect)
@@ -339,14 +341,20 @@ impl Proxy {
         exchange: &mut Exchange<'_>,
     ) -> Result<Answer, NoAnswer> {
         let head = asked.head;
-        let in_query = paths::model_in_query(head.query());
+        let in_query = paths::model_in_query(head.query())
+            .map_err(|error| ProxyError::BadRequest { code: "invalid_request", message: error.to_string() })?;
         if matches!(head.framing, Framing::Length(length) if length > self.limits.max_body_bytes) {
             return Err(self.body_error(BodyFault::TooLarge).into());
         }
         let may_name_none = paths::may_name_no_model(&head.method, head.path());
         // A body may do without the model that the query names; but it has the last word, so it is held until it is clear
         // that it says nothing else.
-        replay.look_for(self.scanner(head, in_query.is_some())?, may_name_none || in_query.is_some());
+        let key_is_optional = may_name_none || in_query.is_some();
+        let mut scanner = self.scanner(head, in_query.is_some())?;
+        if let Some(scanner) = scanner.as_mut().filter(|_| key_is_optional) {
+            scanner.let_model_be_none();
+        }
+        replay.look_for(scanner, key_is_optional);
         self.read_model(client, head, replay, exchange).await?;
         let place = match replay.model().or(in_query.as_deref()) {
             Some(model) => self.choose(client, model, replay, exchange).await?,
@@ -363,27 +371,38 @@ impl Proxy {
         }
         let mut kinds = head.lines.all(Known::ContentType);
         let kind = kinds.next();
-        if kinds.any(|other| Some(other) != kind) {
-            // Servers differ in which one they believe, and so in which model they read.
-            let message = "the request has two different Content-Type headers".to_owned();
-            return Err(ProxyError::BadRequest { code: "invalid_request", message });
-        }
-        // Raw bytes of any kind, with the model beside them.
-        if is_known && kind.is_some_and(is_opaque) {
-            return Ok(None);
-        }
+        // Bytes that nothing here can read pass only where servers take them as they are, with the model beside them.
+        let may_be_opaque = is_known && paths::takes_raw_bytes(head.path());
+        let is_opaque = |kind: &[u8]| may_be_opaque && is_opaque(kind);
         // Lines are one list.
         let coding = head.lines.all(Known::ContentEncoding).collect::<Vec<_>>().join(&b", "[..]);
-        match ModelScanner::for_body(kind, Some(&coding)) {
-            Ok(mut scanner) => {
-                if let Some(affinity) = self.affinity.as_ref().filter(|_| paths::continues_prompt(head.path())) {
-                    scanner.mark_prompt(affinity.seed());
-                }
-                Ok(Some(scanner))
-            }
-            Err(ScanError::UnsupportedCoding { .. }) if is_known => Ok(None),
+        let scanner = |kind| match ModelScanner::for_body(kind, Some(&coding)) {
+            Ok(scanner) => Ok(Some(scanner)),
+            Err(ScanError::UnsupportedCoding { .. }) if may_be_opaque => Ok(None),
             Err(error) => Err(self.body_error(error.into())),
+        };
+        let mut first = scanner(kind)?;
+        for other in kinds.filter(|other| Some(*other) != kind) {
+            // Servers differ in which of two they believe. That does not matter where both mean the same.
+            let is_same = match (&first, scanner(Some(other))?) {
+                (Some(first), Some(other)) => first.reads_as(&other),
+                (first, other) => first.is_some() == other.is_some(),
+            };
+            if !is_same || kind.is_some_and(is_opaque) != is_opaque(other) {
+                let message =
+                    "the request has two Content-Type headers, by which its body reads differently".to_owned();
+                return Err(ProxyError::BadRequest { code: "invalid_request", message });
+            }
         }
+        if kind.is_some_and(is_opaque) {
+            return Ok(None);
+        }
+        if let Some(scanner) = &mut first
+            && let Some(affinity) = self.affinity.as_ref().filter(|_| paths::continues_prompt(head.path()))
+        {
+            scanner.mark_prompt(affinity.seed());
+        }
+        Ok(first)
     }
 
     /// Reads the body as far as it takes to know the model, and the prompt if that matters.
@@ -550,6 +569,9 @@ impl Proxy {
             BodyFault::Scan(error @ ScanError::DecodesTooLarge { .. }) => {
                 ProxyError::DecodesTooLarge { message: error.to_string() }
             }
+            BodyFault::Scan(ScanError::ModelTooLong { begin }) => {
+                ProxyError::ModelNotFound { model: format!("{begin}…") }
+            }
             BodyFault::Scan(error) => ProxyError::BadRequest { code: error.code(), message: error.to_string() },
             BodyFault::Framing(error) => ProxyError::BadRequest {
                 code: "invalid_request",
@@ -606,10 +628,10 @@ fn dialect(path: &str, lines: &Lines) -> Dialect {
     if messages || lines.has(Known::AnthropicVersion) { Dialect::Anthropic } else { Dialect::OpenAi }
 }
 
-/// Bytes that are neither JSON nor a form.
+/// Bytes that are neither JSON nor a form. A type that could be taken for one of them is not opaque.
 fn is_opaque(content_type: &[u8]) -> bool {
-    let begins = |prefix: &[u8]| content_type.get(..prefix.len()).is_some_and(|head| head.eq_ignore_ascii_case(prefix));
-    begins(b"audio/") || begins(b"video/") || begins(b"image/") || begins(b"application/octet-stream")
+    let holds = |word: &[u8]| content_type.windows(word.len()).any(|window| window.eq_ignore_ascii_case(word));
+    !content_type.trim_ascii().is_empty() && !holds(b"json") && !holds(b"form-data")
 }
 
 /// A model name as it may stand in a message.

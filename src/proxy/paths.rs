@@ -142,6 +142,14 @@ pub fn may_name_no_model(method: &Method, path: &str) -> bool {
         || MODEL_OPTIONAL.binary_search(&path).is_ok()
 }
 
+/// Whether servers take bytes of any kind here: audio, pictures, offers of a call. Everywhere else a body is JSON or a form,
+/// whatever its Content-Type says.
+pub fn takes_raw_bytes(path: &str) -> bool {
+    const RAW: [&str; 5] = ["/v1/audio", "/v1/images", "/v1/videos", "/v1/realtime", "/invocations"];
+    let is_below = |rest: &str| rest.is_empty() || rest.starts_with('/');
+    RAW.iter().any(|base| path.strip_prefix(base).is_some_and(is_below))
+}
+
 /// Whether engines write on from a prompt here, and may have computed its beginning before.
 pub fn continues_prompt(path: &str) -> bool {
     const ENDS: [&str; 8] =
@@ -232,12 +240,47 @@ fn decoded_segments(path: &str) -> Option<Vec<String>> {
     (!segments.iter().any(|segment| segment == "..")).then_some(segments)
 }
 
-/// The model named in a query such as `model=llama&x=1`, decoded; the first one counts.
-pub fn model_in_query(query: Option<&str>) -> Option<String> {
-    let value = query?.split('&').find_map(|pair| pair.strip_prefix("model="))?;
-    let value = value.replace('+', " ");
-    let model = percent_decode_str(&value).decode_utf8().ok()?;
-    (!model.is_empty()).then(|| model.into_owned())
+/// Two models in one query.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the query names two models, {0:?} and {1:?}: name one")]
+pub struct QueryModelsDiffer(pub String, pub String);
+
+/// The model named in a query such as `model=llama&x=1`, decoded. Servers decode keys too, and some of them match keys
+/// without regard to case.
+///
+/// # Errors
+/// It is named more than once and not the same each time: one server takes the first, another the last.
+pub fn model_in_query(query: Option<&str>) -> Result<Option<String>, QueryModelsDiffer> {
+    let mut model: Option<Cow<'_, str>> = None;
+    for pair in query.unwrap_or_default().split('&') {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        if !is_model_key(key) {
+            continue;
+        }
+        let value = match value.contains('+') {
+            true => Cow::Owned(value.replace('+', " ")),
+            false => Cow::Borrowed(value),
+        };
+        let value = match percent_decode_str(&value).decode_utf8() {
+            Ok(decoded) => decoded.into_owned(),
+            // No model is named so, but it is not the same as another.
+            Err(_) => value.into_owned(),
+        };
+        match &model {
+            Some(first) if *first != value => return Err(QueryModelsDiffer(first.clone().into_owned(), value)),
+            _ => model = Some(Cow::Owned(value)),
+        }
+    }
+    Ok(model.filter(|model| !model.is_empty()).map(Cow::into_owned))
+}
+
+fn is_model_key(key: &str) -> bool {
+    const KEY: &[u8] = b"model";
+    // Most queries are short, and hold no escapes.
+    match key.contains('%') {
+        false => key.as_bytes().eq_ignore_ascii_case(KEY),
+        true => percent_decode_str(key).map(|byte| byte.to_ascii_lowercase()).eq(KEY.iter().copied()),
+    }
 }
 
 #[cfg(test)]
@@ -409,12 +452,73 @@ mod tests {
         for (query, model) in [
             (Some("model=a"), Some("a")),
             (Some("x=1&model=org%2Fa+b"), Some("org/a b")),
-            (Some("submodel=a"), None),
+            (Some("model=org%2fa&x&model=org/a"), Some("org/a")),
+            (Some("mod%65l=a"), Some("a")),
+            (Some("%6D%6f%64%65%6C=a"), Some("a")),
+            (Some("Model=a&MODEL=a&%4dodel=%61"), Some("a")),
+            (Some("model=a+b&model=a%20b"), Some("a b")),
+            (Some("model=a=b"), Some("a=b")),
+            (Some("submodel=a&models=a&mode=a&model%20=a&model+=a&+model=a&model[]=a&mod+el=a"), None),
+            (Some("model%2565=a&mod%2565l=a&model%00=a"), None),
             (Some("model="), None),
-            (Some("model=%ff"), None),
+            (Some("model"), None),
+            (Some("&&="), None),
+            (Some(""), None),
             (None, None),
         ] {
-            assert_eq!(model_in_query(query).as_deref(), model, "{query:?}");
+            assert_eq!(model_in_query(query).unwrap().as_deref(), model, "{query:?}");
+        }
+    }
+
+    #[test]
+    fn two_models_in_a_query_are_none() {
+        for (query, first, second) in [
+            ("model=a&model=b", "a", "b"),
+            ("model=a&x=1&mod%65l=b", "a", "b"),
+            ("mod%65l=b&model=a", "b", "a"),
+            ("model=a&Model=b", "a", "b"),
+            ("model=a&model=a&model=A", "a", "A"),
+            ("model=&model=b", "", "b"),
+            ("model&model=b", "", "b"),
+            ("model=a&model=", "a", ""),
+            ("model=a&model", "a", ""),
+            ("model=a&model=a+", "a", "a "),
+            ("model=a&model=%ff", "a", "%ff"),
+        ] {
+            let differ = QueryModelsDiffer(first.to_owned(), second.to_owned());
+            assert_eq!(model_in_query(Some(query)), Err(differ), "{query}");
+        }
+    }
+
+    #[test]
+    fn raw_bytes_are_taken_in_few_places() {
+        for path in [
+            "/v1/audio/transcriptions",
+            "/v1/audio",
+            "/v1/images/edits",
+            "/v1/videos",
+            "/v1/realtime",
+            "/v1/realtime/calls",
+            "/invocations",
+        ] {
+            assert!(takes_raw_bytes(path), "{path}");
+        }
+        for path in [
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/messages",
+            "/v1/responses",
+            "/v1/embeddings",
+            "/v1/audiobooks",
+            "/v1/videosx/y",
+            "/v1/Audio/speech",
+            "/v1/%61udio/speech",
+            "/v1//audio/speech",
+            "/invocationsx",
+            "/audio/speech",
+            "/rerank",
+        ] {
+            assert!(!takes_raw_bytes(path), "{path}");
         }
     }
 

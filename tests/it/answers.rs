@@ -52,7 +52,7 @@ async fn r02_400_when_no_model_can_be_read() {
         (b"17", "invalid_json"),
         (b"{}", "model_required"),
         (br#"{"messages":[]}"#, "model_required"),
-        (br#"{"Model":"m"}"#, "model_required"),
+        (br#"{"Models":"m","mode":"m","MODEL ":"m"}"#, "model_required"),
         (br#"{"model":""}"#, "model_required"),
         (br#"{"model":null}"#, "model_required"),
         (br#"{"model":5}"#, "model_required"),

@@ -36,6 +36,7 @@ mod models;
 mod observability;
 mod otlp;
 mod pools;
+mod readings;
 mod retry;
 mod routing;
 mod scrape;

@@ -18,9 +18,7 @@ pub fn check(input: &[u8]) {
     let method = Method::from_bytes(method.as_bytes()).unwrap_or(Method::POST);
     // Whatever it is given.
     let _ = (paths::classify(&method, target), paths::may_name_no_model(&method, target));
-    if let Some(model) = paths::model_in_query(Some(target)) {
-        assert!(!model.is_empty() && target.contains("model="));
-    }
+    check_query(target);
 
     // What a head may hold.
     let mut head = RequestHead::default();
@@ -49,6 +47,28 @@ pub fn check(input: &[u8]) {
         assert!(sent.starts_with(b"/"), "{}", sent.escape_ascii());
         // The query may hold anything: it is no path, unless its question mark is encoded.
         check_harmless(sent.split(|byte| *byte == b'?').next().unwrap_or_default());
+    }
+}
+
+/// The model in a query against a plain reading of what forms look like: split, then decoded.
+fn check_query(query: &str) {
+    let decode = |text: &str| {
+        let text = text.replace('+', " ");
+        let bytes = decode_once(text.as_bytes());
+        String::from_utf8(bytes).unwrap_or(text)
+    };
+    let values: Vec<String> = query
+        .split('&')
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .filter(|(key, _)| decode(key).eq_ignore_ascii_case("model"))
+        .map(|(_, value)| decode(value))
+        .collect();
+    match paths::model_in_query(Some(query)) {
+        Ok(model) => {
+            assert!(values.iter().all(|value| *value == values[0]), "{values:?} are taken for {model:?}");
+            assert_eq!(model, values.first().filter(|value| !value.is_empty()).cloned());
+        }
+        Err(_) => assert!(values.iter().any(|value| *value != values[0]), "{values:?} do not differ"),
     }
 }
 
