@@ -45,9 +45,9 @@ use crate::config::otlp::{Collector, Protocol};
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// Flag and length before a gRPC message.
 const FRAME_HEAD_BYTES: usize = 5;
-/// Least time between two complaints of the same kind about one collector.
+/// Least time between two complaints of the same kind about one collector that works in between.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
-/// Complaints about one collector in that time: a collector that fails in ever new ways does not fill the log.
+/// Complaints about one collector until it works: one that fails in ever new ways does not fill the log.
 const COMPLAINTS_MAX: usize = 8;
 /// The answer that the SDK gets once nothing is to be sent any more: one after which it does not try again.
 const CLOSED: StatusCode = StatusCode::GONE;
@@ -72,8 +72,21 @@ struct Inner {
 #[derive(Debug, Default)]
 struct Reach {
     failing: bool,
-    /// What was complained of lately, and when.
+    /// What has been complained of since it last worked, or shortly before, and when.
     complaints: Vec<(SendError, Instant)>,
+    /// It was said that the collector does not take this kind of telemetry, which will not change by itself.
+    is_known_to_take_none: bool,
+}
+
+/// What the log is told of an export that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum News {
+    /// The collector does not take this kind of telemetry.
+    TakesNone,
+    /// Something has gone wrong.
+    Failed,
+    /// Nothing that has not been said.
+    Known,
 }
 
 /// Why something was not taken. None of these names a header.
@@ -183,6 +196,18 @@ impl HttpClient for CollectorClient {
 // === impl SendError ===
 
 impl SendError {
+    /// Whether the collector says that there is nobody for this kind of telemetry: no such path, or no such service.
+    fn says_that_none_is_taken(&self) -> bool {
+        const UNIMPLEMENTED: u32 = 12;
+        match self {
+            SendError::Status(status) => {
+                matches!(*status, StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED)
+            }
+            SendError::Grpc { code, .. } => *code == UNIMPLEMENTED,
+            SendError::TimedOut(_) | SendError::Broke(_) | SendError::Rejected { .. } => false,
+        }
+    }
+
     /// Whether somebody who knows the other one learns nothing new.
     fn is_like(&self, other: &SendError) -> bool {
         match (self, other) {
@@ -197,15 +222,26 @@ impl SendError {
 // === impl Reach ===
 
 impl Reach {
-    /// Whether to complain of this: at once where it is new, else once in a while.
-    fn is_news(&mut self, error: &SendError, now: Instant) -> bool {
-        self.complaints.retain(|(_, at)| now.duration_since(*at) < COMPLAINT_INTERVAL);
-        let is_news =
-            self.complaints.len() < COMPLAINTS_MAX && !self.complaints.iter().any(|(known, _)| known.is_like(error));
-        if is_news {
-            self.complaints.push((error.clone(), now));
+    /// An export has failed. Nothing is said twice until the collector works, and that it takes nothing of this kind is
+    /// said once for all.
+    fn failed(&mut self, error: &SendError, now: Instant) -> News {
+        self.failing = true;
+        if error.says_that_none_is_taken() {
+            let is_known = std::mem::replace(&mut self.is_known_to_take_none, true);
+            return if is_known { News::Known } else { News::TakesNone };
         }
-        is_news
+        if self.complaints.len() >= COMPLAINTS_MAX || self.complaints.iter().any(|(known, _)| known.is_like(error)) {
+            return News::Known;
+        }
+        self.complaints.push((error.clone(), now));
+        News::Failed
+    }
+
+    /// An export has got through. Returns whether the one before had not.
+    fn worked(&mut self, now: Instant) -> bool {
+        // A collector that works now and then is not complained of each time.
+        self.complaints.retain(|(_, at)| now.duration_since(*at) < COMPLAINT_INTERVAL);
+        std::mem::replace(&mut self.failing, false)
     }
 }
 
@@ -299,17 +335,19 @@ impl Inner {
         let (what, now) = (self.what, Instant::now());
         let collector = self.collector.place();
         match error {
-            Some(error) => {
-                reach.failing = true;
-                if reach.is_news(error, now) {
+            Some(error) => match reach.failed(error, now) {
+                News::TakesNone => tracing::warn!(
+                    what, collector, %error,
+                    "telemetry does not get through; requests are served as ever; if this collector takes no {what}, set \
+                     OTEL_{}_EXPORTER=none",
+                    what.to_ascii_uppercase()
+                ),
+                News::Failed => {
                     tracing::warn!(what, collector, %error, "telemetry does not get through; requests are served as ever");
-                } else {
-                    tracing::debug!(what, collector, %error, "telemetry does not get through");
                 }
-            }
-            None if std::mem::replace(&mut reach.failing, false) => {
-                tracing::info!(what, collector, "telemetry gets through again");
-            }
+                News::Known => tracing::debug!(what, collector, %error, "telemetry does not get through"),
+            },
+            None if reach.worked(now) => tracing::info!(what, collector, "telemetry gets through again"),
             None => {}
         }
     }
@@ -452,21 +490,50 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_new_is_complained_of_at_once_and_the_rest_seldom() {
+    async fn nothing_is_complained_of_twice_until_the_collector_works() {
         let mut reach = Reach::default();
         let broke = |text: &str| SendError::Broke(text.to_owned());
         let begun = Instant::now();
-        assert!(reach.is_news(&broke("a"), begun) && !reach.is_news(&broke("a"), begun));
-        assert!(reach.is_news(&broke("b"), begun), "another text is news");
-        assert!(reach.is_news(&SendError::Status(StatusCode::NOT_FOUND), begun));
-        assert!(reach.is_news(&SendError::Status(StatusCode::FORBIDDEN), begun));
+        let later = |minutes: u32| begun + COMPLAINT_INTERVAL * minutes;
+        for error in [broke("a"), broke("b"), SendError::Status(StatusCode::FORBIDDEN)] {
+            assert_eq!(reach.failed(&error, begun), News::Failed, "{error} is new");
+            assert_eq!(reach.failed(&error, later(100)), News::Known, "{error}");
+        }
         let grpc = |message: &str| SendError::Grpc { code: 14, message: message.to_owned() };
-        assert!(reach.is_news(&grpc("one"), begun) && !reach.is_news(&grpc("other"), begun));
-        let soon = begun + COMPLAINT_INTERVAL / 2;
-        assert!(!reach.is_news(&broke("a"), soon));
-        let news = (0..100).filter(|n| reach.is_news(&broke(&n.to_string()), soon)).count();
+        assert_eq!(reach.failed(&grpc("one"), begun), News::Failed);
+        assert_eq!(reach.failed(&grpc("other"), begun), News::Known);
+        let rejected = |rejected| SendError::Rejected { rejected, message: String::new() };
+        assert_eq!(reach.failed(&rejected(1), begun), News::Failed);
+        assert_eq!(reach.failed(&rejected(2), later(9)), News::Known);
+        let news = (0..100).filter(|n| reach.failed(&broke(&n.to_string()), later(1)) == News::Failed).count();
         assert_eq!(news, COMPLAINTS_MAX - 5, "however many kinds there are");
-        assert!(reach.is_news(&broke("a"), begun + COMPLAINT_INTERVAL));
+        assert!(reach.worked(later(3)) && !reach.worked(later(3)));
+        assert_eq!(reach.failed(&broke("a"), later(3)), News::Failed, "it had worked");
+        assert!(reach.worked(later(3)));
+        assert_eq!(reach.failed(&broke("a"), later(3)), News::Known, "it works now and then");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn that_a_collector_takes_none_of_a_kind_is_said_once_in_the_life_of_the_process() {
+        let status = SendError::Status;
+        let grpc = SendError::Grpc { code: 12, message: ": unknown service".to_owned() };
+        for error in [status(StatusCode::NOT_FOUND), status(StatusCode::NOT_IMPLEMENTED), grpc] {
+            let mut reach = Reach::default();
+            let begun = Instant::now();
+            assert_eq!(reach.failed(&error, begun), News::TakesNone, "{error}");
+            for minutes in [0, 1, 2, 60, 100_000] {
+                let now = begun + COMPLAINT_INTERVAL * minutes;
+                assert_eq!(reach.failed(&error, now), News::Known, "{error}");
+                // Whatever comes in between.
+                reach.failed(&SendError::TimedOut(Duration::from_secs(1)), now);
+                reach.worked(now);
+                assert_eq!(reach.failed(&error, now), News::Known, "{error}");
+            }
+        }
+        for code in [400, 401, 403, 408, 429, 500, 503] {
+            let error = status(StatusCode::from_u16(code).unwrap());
+            assert_eq!(Reach::default().failed(&error, Instant::now()), News::Failed, "{error}");
+        }
     }
 
     #[test]
