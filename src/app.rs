@@ -220,9 +220,12 @@ impl App {
 fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Arc<Metrics>, Option<Otlp>), StartError> {
     let Some(settings) = &config.otlp else { return Ok((Arc::new(Metrics::default()), None)) };
     let mut otlp = Otlp::start(settings, &Handle::current())?;
-    let metrics = Arc::new(Metrics::with_tracing(otlp.tracing()));
+    let metrics = Arc::new(Metrics::with_telemetry(otlp.tracing(), settings.metrics.is_some()));
     let reporter = Reporter { table: table.clone(), metrics: metrics.clone() };
-    otlp.send_metrics(move |report: &mut OtlpReport| reporter.tell(report));
+    otlp.send_metrics(move |report: &mut OtlpReport| {
+        reporter.tell(report);
+        reporter.tell_conventions(report);
+    });
     for (what, collector) in [
         ("traces", settings.traces.as_ref().map(|traces| &traces.collector)),
         ("metrics", settings.metrics.as_ref().map(|metrics| &metrics.collector)),

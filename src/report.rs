@@ -7,6 +7,7 @@
 
 use std::{
     collections::BTreeMap,
+    fmt::Display,
     sync::{Arc, atomic::Ordering::Relaxed},
 };
 
@@ -19,8 +20,9 @@ use crate::{
     telemetry::{
         exposition::Report,
         families::{self, Family},
+        http_server::{HttpLabels, HttpMetrics, HttpSeries},
         log,
-        metrics::{Histogram, Metrics, ModelMetrics, PerWord, UNKNOWN_MODEL},
+        metrics::{Histogram, Metrics, ModelMetrics, OperationMetrics, PerWord, UNKNOWN_MODEL},
         process::Usage,
     },
 };
@@ -42,21 +44,44 @@ impl Reporter {
         // A model that nobody has asked for has nothing to tell: there may be thousands of them.
         let models = routes.iter().map(|route| (&*route.model.id, &route.model.metrics));
         let models = models.chain([(UNKNOWN_MODEL, &self.metrics.unknown)]);
-        let models: Vec<(&str, &ModelMetrics)> = models.filter(|(_, metrics)| !metrics.requests.is_empty()).collect();
+        let models: Vec<(&str, &ModelMetrics)> = models.filter(|(_, metrics)| !metrics.is_empty()).collect();
         tell_models(&models, to);
         to.family(&families::QUEUE_DEPTH);
         for Route { model, .. } in routes {
             let waiting = model.waiting.len();
-            if waiting > 0 || !model.metrics.requests.is_empty() {
+            if waiting > 0 || !model.metrics.is_empty() {
                 to.sample(&[("model", &model.id)], waiting.into());
             }
         }
-        per_model(&families::QUEUE_WAIT, &models, |metrics| &metrics.queue_wait, to);
+        to.family(&families::QUEUE_WAIT);
+        for (model, metrics) in models.iter().filter(|(_, metrics)| !metrics.queue_wait.is_empty()) {
+            to.histogram(&[("model", model)], &metrics.queue_wait);
+        }
         self.tell_requests(to);
         tell_backends(&table, to);
         self.tell_lives(to);
         self.tell_discovery(to);
         tell_process(to);
+    }
+
+    /// Tells requests in the words of OpenTelemetry's conventions for HTTP servers, which `/metrics` leaves out.
+    pub fn tell_conventions(&self, to: &mut impl Report) {
+        type Instrument = fn(&HttpSeries) -> &Histogram;
+        let all = self.metrics.http.as_ref().map(HttpMetrics::each).unwrap_or_default();
+        let instruments: [(&Family, Instrument); 3] = [
+            (&families::HTTP_DURATION, |series| &series.duration),
+            (&families::HTTP_REQUEST_BYTES, |series| &series.request_bytes),
+            (&families::HTTP_RESPONSE_BYTES, |series| &series.response_bytes),
+        ];
+        for (family, of) in instruments {
+            to.family(family);
+            for (labels, series) in all.iter().filter(|(_, series)| !of(series).is_empty()) {
+                let HttpLabels { method, route, scheme, status, error } = labels;
+                let labels: [(&str, &dyn Display); 5] =
+                    [("method", method), ("route", route), ("scheme", scheme), ("status", status), ("error", error)];
+                to.histogram(&labels, of(series));
+            }
+        }
     }
 
     /// Requests of all models together.
@@ -119,15 +144,21 @@ impl Reporter {
 }
 
 fn tell_models(models: &[(&str, &ModelMetrics)], to: &mut impl Report) {
+    let all: Vec<(&str, &str, &OperationMetrics)> = models
+        .iter()
+        .flat_map(|(model, metrics)| metrics.each().map(|(operation, metrics)| (*model, operation.as_str(), metrics)))
+        .collect();
     to.family(&families::REQUESTS);
-    for (model, metrics) in models {
-        metrics.requests.each(|status, count| to.sample(&[("model", model), ("status", status)], count.into()));
+    for (model, operation, metrics) in &all {
+        metrics.requests.each(|status, count| {
+            to.sample(&[("model", model), ("status", status), ("operation", operation)], count.into());
+        });
     }
-    per_model(&families::DURATION, models, |metrics| &metrics.duration, to);
-    per_model(&families::FIRST_TOKEN, models, |metrics| &metrics.time_to_first_token, to);
-    per_model(&families::PER_TOKEN, models, |metrics| &metrics.time_per_output_token, to);
+    per_operation(&families::DURATION, &all, |metrics| &metrics.duration, to);
+    per_operation(&families::FIRST_TOKEN, &all, |metrics| &metrics.time_to_first_token, to);
+    per_operation(&families::PER_TOKEN, &all, |metrics| &metrics.time_per_output_token, to);
     to.family(&families::TOKENS);
-    for (model, metrics) in models {
+    for (model, operation, metrics) in &all {
         let tokens = &metrics.tokens;
         for (kind, count) in [
             ("input", tokens.input.total()),
@@ -135,25 +166,27 @@ fn tell_models(models: &[(&str, &ModelMetrics)], to: &mut impl Report) {
             ("output", tokens.output.total()),
             ("reasoning", tokens.reasoning.get()),
         ] {
-            to.sample(&[("model", model), ("type", &kind)], count.into());
+            to.sample(&[("model", model), ("type", &kind), ("operation", operation)], count.into());
         }
     }
     to.family(&families::REQUEST_TOKENS);
-    for (model, metrics) in models {
+    for (model, operation, metrics) in &all {
         for (kind, histogram) in [("input", &metrics.tokens.input), ("output", &metrics.tokens.output)] {
             if !histogram.is_empty() {
-                to.histogram(&[("model", model), ("type", &kind)], histogram);
+                to.histogram(&[("model", model), ("type", &kind), ("operation", operation)], histogram);
             }
         }
     }
     to.family(&families::FINISHES);
-    for (model, metrics) in models {
+    for (model, operation, metrics) in &all {
         for (finish, counter) in Finish::ALL.iter().zip(&metrics.finishes).filter(|(_, counter)| counter.get() > 0) {
-            to.sample(&[("model", model), ("reason", &finish.as_str())], counter.get().into());
+            let labels: [(&str, &dyn Display); 3] =
+                [("model", model), ("reason", &finish.as_str()), ("operation", operation)];
+            to.sample(&labels, counter.get().into());
         }
     }
-    per_model(&families::REQUEST_BYTES, models, |metrics| &metrics.request_bytes, to);
-    per_model(&families::RESPONSE_BYTES, models, |metrics| &metrics.response_bytes, to);
+    per_operation(&families::REQUEST_BYTES, &all, |metrics| &metrics.request_bytes, to);
+    per_operation(&families::RESPONSE_BYTES, &all, |metrics| &metrics.response_bytes, to);
 }
 
 /// Names of containers are their own only at one moment: the old one and the new one of a replacement may bear the same,
@@ -220,17 +253,17 @@ fn tell_process(to: &mut impl Report) {
     }
 }
 
-fn per_model(
+fn per_operation(
     family: &'static Family,
-    models: &[(&str, &ModelMetrics)],
-    of: impl Fn(&ModelMetrics) -> &Histogram,
+    all: &[(&str, &str, &OperationMetrics)],
+    of: impl Fn(&OperationMetrics) -> &Histogram,
     to: &mut impl Report,
 ) {
     to.family(family);
-    for (model, metrics) in models {
+    for (model, operation, metrics) in all {
         let histogram = of(metrics);
         if !histogram.is_empty() {
-            to.histogram(&[("model", model)], histogram);
+            to.histogram(&[("model", model), ("operation", operation)], histogram);
         }
     }
 }
@@ -251,7 +284,10 @@ mod tests {
     use crate::{
         backend::{Model, tests::member},
         table,
-        telemetry::exposition::{Exposition, Labels, Value},
+        telemetry::{
+            exposition::{Exposition, Labels, Value},
+            operation::Operation,
+        },
     };
 
     #[derive(Default)]
@@ -285,7 +321,7 @@ mod tests {
     fn a_model_that_nobody_asks_for_has_no_series_of_its_own() {
         let (mut publisher, reader) = table::table();
         let (idle, asked, wanted) = (route("idle"), route("asked"), route("wanted"));
-        asked.model.metrics.request_done(200, Duration::from_secs(1));
+        asked.model.metrics.of(Operation::Chat).request_done(200, Duration::from_secs(1));
         let line = wanted.model.clone();
         let _ticket = line.waiting.join(1, crate::waiting::Whom::Anybody).unwrap();
         publisher.publish(RoutingTable::new(vec![idle, asked, wanted], Vec::new(), Vec::new()));
@@ -296,8 +332,8 @@ mod tests {
             assert!(!text.contains(absent), "{absent} in {text}");
         }
         for there in [
-            "proxy_requests_total{model=\"asked\",status=\"200\"} 1\n",
-            "proxy_tokens_total{model=\"asked\",type=\"output\"} 0\n",
+            "proxy_requests_total{model=\"asked\",status=\"200\",operation=\"chat\"} 1\n",
+            "proxy_tokens_total{model=\"asked\",type=\"output\",operation=\"chat\"} 0\n",
             "proxy_queue_depth{model=\"asked\"} 0\n",
             "proxy_queue_depth{model=\"wanted\"} 1\n",
         ] {

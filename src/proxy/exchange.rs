@@ -18,7 +18,11 @@ use crate::{
         head::{Known, RequestHead},
     },
     scan::{AnswerKind, Usage, UsageTap},
-    telemetry::metrics::{Metrics, ModelMetrics},
+    telemetry::{
+        http_server::{self, Ended},
+        metrics::{Metrics, ModelMetrics},
+        routes::Route,
+    },
 };
 
 /// How a request ended.
@@ -32,6 +36,18 @@ pub enum Ending {
     ClientGone,
     /// Its client's body turned out to be wrong when the answer had begun.
     ClientBroke,
+}
+
+impl Ending {
+    /// Why a request did not end well, as telemetry says it.
+    pub fn error(self) -> Option<&'static str> {
+        match self {
+            Ending::Complete => None,
+            Ending::BackendBroke => Some("backend_broke"),
+            Ending::ClientGone => Some("client_gone"),
+            Ending::ClientBroke => Some("client_broke"),
+        }
+    }
 }
 
 /// What correlates a request with its answer and its log lines: the client's word for it, else one of our own.
@@ -81,6 +97,8 @@ impl Default for RequestId<'_> {
 pub struct Exchange<'r> {
     started: Instant,
     head: &'r RequestHead,
+    /// What kind of request it is, for telemetry.
+    route: Route,
     request_id: &'r RequestId<'r>,
     client_ip: IpAddr,
     metrics: &'r Metrics,
@@ -150,6 +168,7 @@ impl<'r> Exchange<'r> {
         Exchange {
             started: Instant::now(),
             head,
+            route: Route::of(head.path()),
             request_id,
             client_ip,
             metrics,
@@ -254,10 +273,17 @@ impl<'r> Exchange<'r> {
         let now = Instant::now();
         let duration = now.saturating_duration_since(self.started);
         let instruments: &ModelMetrics = self.model.as_ref().map_or(&self.metrics.unknown, |model| &model.metrics);
+        let instruments = instruments.of(self.route.operation());
         instruments.request_done(status, duration);
         if let Some(request_bytes) = self.request_bytes {
             instruments.request_bytes.observe_count(request_bytes);
             instruments.response_bytes.observe_count(self.response_bytes);
+        }
+        if let Some(http) = &self.metrics.http {
+            let Exchange { route, status, request_bytes, response_bytes, .. } = *self;
+            let ended = Ended { route, status, broken: ending.error(), duration, request_bytes, response_bytes };
+            let scheme = http_server::scheme(self.head.lines.first(Known::XForwardedProto));
+            http.observe(http_server::method_name(&self.head.method), scheme, &ended);
         }
         let usage = self.tap.as_ref().map(UsageTap::usage);
         if let Some(usage) = &usage {
@@ -362,7 +388,7 @@ impl Watch for Exchange<'_> {
             }
             if let Some(model) = &self.model {
                 let elapsed = now.saturating_duration_since(self.started);
-                model.metrics.time_to_first_token.observe(elapsed);
+                model.metrics.of(self.route.operation()).time_to_first_token.observe(elapsed);
                 self.trace.first_token(elapsed);
             }
         }

@@ -24,7 +24,6 @@ pub mod makers;
 pub mod paths;
 pub mod relay;
 mod respond;
-pub mod routes;
 mod send;
 mod status;
 pub mod trace;
@@ -67,7 +66,7 @@ use crate::{
     scan::{AnswerKind, ModelScanner, PromptSeed, ScanError},
     table::{Lookup, TableReader},
     tally::Trouble,
-    telemetry::metrics::Metrics,
+    telemetry::{metrics::Metrics, operation::Operation},
 };
 
 /// How long the error event of a broken stream may take to reach its client.
@@ -286,7 +285,7 @@ impl Proxy {
     /// Counts what was refused before it was a request.
     fn count_refused(&self, error: &ProxyError) {
         self.metrics.rejected.increment(error.code());
-        self.metrics.unknown.requests.increment(error.status().as_u16());
+        self.metrics.unknown.of(Operation::Other).requests.increment(error.status().as_u16());
     }
 
     fn list_models(&self, asked: &Asked<'_>) -> Response<Bytes> {

@@ -11,14 +11,18 @@ use opentelemetry::{
 };
 use opentelemetry_sdk::trace::Span;
 
-use super::{exchange::Ending, routes};
+use super::exchange::Ending;
 use crate::{
     backend::{Backend, Model},
     http1::head::{Known, RequestHead, Version},
     scan::Usage,
-    telemetry::otlp::{
-        Tracing,
-        w3c::{self, TRACEPARENT_BYTES},
+    telemetry::{
+        http_server,
+        otlp::{
+            Tracing,
+            w3c::{self, TRACEPARENT_BYTES},
+        },
+        routes::Route,
     },
 };
 
@@ -131,16 +135,16 @@ impl Trace {
     /// It is about to be sent to this backend, or sent again.
     pub fn attempt_begins(&mut self, head: &RequestHead, backend: &Backend, model: &Model) {
         let Trace::On(on) = self else { return };
-        let operation = operation(head);
+        let operation = Route::of(head.path()).operation();
         let spec = &backend.spec;
         let mut attributes = vec![
-            KeyValue::new("http.request.method", head.method.to_string()),
+            KeyValue::new("http.request.method", http_server::method_name(&head.method)),
             KeyValue::new("server.address", spec.addr.ip().to_string()),
             KeyValue::new("server.port", i64::from(spec.addr.port())),
             KeyValue::new("url.scheme", "http"),
             KeyValue::new("network.protocol.version", "1.1"),
-            KeyValue::new("gen_ai.operation.name", operation),
-            KeyValue::new("gen_ai.provider.name", provider(head)),
+            KeyValue::new("gen_ai.operation.name", operation.gen_ai_name()),
+            KeyValue::new("gen_ai.provider.name", operation.provider()),
             KeyValue::new("gen_ai.request.model", model.id.to_string()),
             KeyValue::new("model", model.id.to_string()),
             KeyValue::new("backend_url", format!("http://{}{}", backend.authority, spec.base_path)),
@@ -155,7 +159,7 @@ impl Trace {
             on.request.add_event("retry", vec![KeyValue::new("container.name", spec.name.clone())]);
         }
         on.attempts += 1;
-        let name = format!("{operation} {}", model.id);
+        let name = format!("{} {}", operation.gen_ai_name(), model.id);
         let attempt = on.tracing.attempt(on.request.span_context(), name, attributes);
         on.headers = TraceHeaders::of(attempt.span_context(), on.headers.keeps_state);
         on.attempt = Some(attempt);
@@ -243,25 +247,28 @@ impl Recording {
             }
             attempt.end();
         }
-        let route = routes::of(head.path()).path;
-        self.request.update_name(format!("{} {route}", head.method));
+        let route = Route::of(head.path());
+        let method = http_server::method_name(&head.method);
+        // A method that clients invent is in no span's name (semantic conventions for HTTP spans).
+        let verb = if method == head.method.as_str() { method } else { "HTTP" };
+        self.request.update_name(format!("{verb} {}", route.path()));
         let version = match head.version {
             Version::Http10 => "1.0",
             Version::Http11 => "1.1",
         };
-        let method = head.method.to_string();
+        let scheme = http_server::scheme(head.lines.first(Known::XForwardedProto));
         let mut attributes = vec![
-            KeyValue::new("http.request.method", method.clone()),
-            KeyValue::new("http.method", method),
-            KeyValue::new("http.route", route),
+            KeyValue::new("http.request.method", method),
+            KeyValue::new("http.method", shown(head.method.as_str())),
+            KeyValue::new("http.route", route.path()),
             KeyValue::new("url.path", shown(head.path())),
-            KeyValue::new("url.scheme", "http"),
+            KeyValue::new("url.scheme", scheme),
             KeyValue::new("http.response.status_code", i64::from(status)),
             KeyValue::new("http.status_code", i64::from(status)),
             KeyValue::new("network.protocol.version", version),
             KeyValue::new("client.address", account.client_ip.to_string()),
-            KeyValue::new("gen_ai.operation.name", operation(head)),
-            KeyValue::new("gen_ai.provider.name", provider(head)),
+            KeyValue::new("gen_ai.operation.name", route.operation().gen_ai_name()),
+            KeyValue::new("gen_ai.provider.name", route.operation().provider()),
             KeyValue::new("streaming", self.streams),
             KeyValue::new("http.response.body.size", int(account.response_bytes)),
             KeyValue::new("request.id", shown(account.request_id)),
@@ -287,8 +294,11 @@ impl Recording {
         if self.attempts > 1 {
             attributes.push(KeyValue::new("http.request.resend_count", i64::from(self.attempts - 1)));
         }
-        if let Some(usage) = &account.usage {
-            attributes.extend(usage_attributes(usage));
+        if verb != method {
+            attributes.push(KeyValue::new("http.request.method_original", shown(head.method.as_str())));
+        }
+        if let Some(finish) = account.usage.as_ref().and_then(finish_attribute) {
+            attributes.push(finish);
         }
         if let Some(error) = error {
             attributes.push(KeyValue::new("error.type", error));
@@ -305,15 +315,13 @@ impl Recording {
 // === helpers ===
 
 fn error_type(status: u16, ending: Ending) -> Option<Value> {
-    match ending {
-        Ending::BackendBroke => Some("backend_broke".into()),
-        Ending::ClientBroke => Some("client_broke".into()),
-        Ending::ClientGone => Some("client_gone".into()),
-        Ending::Complete if status >= 400 => Some(status.to_string().into()),
-        Ending::Complete => None,
+    match ending.error() {
+        Some(why) => Some(why.into()),
+        None => (status >= 400).then(|| status.to_string().into()),
     }
 }
 
+/// The tokens of an attempt. No other span of a request has them: trace viewers add up what they find.
 fn usage_attributes(usage: &Usage) -> Vec<KeyValue> {
     let counts = [
         ("gen_ai.usage.input_tokens", usage.input_tokens),
@@ -322,20 +330,12 @@ fn usage_attributes(usage: &Usage) -> Vec<KeyValue> {
         ("gen_ai.usage.reasoning.output_tokens", usage.reasoning_tokens),
     ];
     let counts = counts.into_iter().filter_map(|(name, count)| Some(KeyValue::new(name, int(count?))));
-    let finish = usage.finish.map(|finish| {
-        let reasons = Array::String(vec![StringValue::from(finish.as_str())]);
-        KeyValue::new("gen_ai.response.finish_reasons", Value::Array(reasons))
-    });
-    counts.chain(finish).collect()
+    counts.chain(finish_attribute(usage)).collect()
 }
 
-fn operation(head: &RequestHead) -> &'static str {
-    routes::of(head.path()).operation
-}
-
-/// Whose dialect is spoken; what engine speaks it is not known here.
-fn provider(head: &RequestHead) -> &'static str {
-    if head.path().starts_with("/v1/messages") { "anthropic" } else { "openai" }
+fn finish_attribute(usage: &Usage) -> Option<KeyValue> {
+    let reasons = Array::String(vec![StringValue::from(usage.finish?.as_str())]);
+    Some(KeyValue::new("gen_ai.response.finish_reasons", Value::Array(reasons)))
 }
 
 /// Name and port of a `Host`.

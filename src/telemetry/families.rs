@@ -80,8 +80,8 @@ const fn convention(name: &'static str, unit: &'static str) -> OtlpName {
 pub static REQUESTS: Family = Family {
     name: "proxy_requests_total",
     kind: Kind::Counter,
-    labels: &["model", "status"],
-    help: "Requests by model and by the status their client got; 499: it left first.",
+    labels: &["model", "status", "operation"],
+    help: "Requests by model, operation and the status their client got; 499: it left first.",
     otlp: &[own("proxy.requests.total", "{request}")],
 };
 
@@ -89,20 +89,16 @@ pub static REQUESTS: Family = Family {
 pub static DURATION: Family = Family {
     name: "proxy_request_duration_seconds",
     kind: Kind::Histogram,
-    labels: &["model"],
+    labels: &["model", "operation"],
     help: "From a request's head to the end of its answer.",
-    otlp: &[
-        own("proxy.request.duration", "s"),
-        convention("http.server.request.duration", "s"),
-        convention("gen_ai.server.request.duration", "s"),
-    ],
+    otlp: &[own("proxy.request.duration", "s"), convention("gen_ai.server.request.duration", "s")],
 };
 
 /// How soon answers began.
 pub static FIRST_TOKEN: Family = Family {
     name: "proxy_time_to_first_token_seconds",
     kind: Kind::Histogram,
-    labels: &["model"],
+    labels: &["model", "operation"],
     help: "From a request's head to the first token of its answer.",
     otlp: &[own("proxy.time_to_first_token", "s"), convention("gen_ai.server.time_to_first_token", "s")],
 };
@@ -111,7 +107,7 @@ pub static FIRST_TOKEN: Family = Family {
 pub static PER_TOKEN: Family = Family {
     name: "proxy_time_per_output_token_seconds",
     kind: Kind::Histogram,
-    labels: &["model"],
+    labels: &["model", "operation"],
     help: "From the first token of a streamed answer to its end, by the tokens after the first.",
     otlp: &[own("proxy.time_per_output_token", "s"), convention("gen_ai.server.time_per_output_token", "s")],
 };
@@ -120,7 +116,7 @@ pub static PER_TOKEN: Family = Family {
 pub static TOKENS: Family = Family {
     name: "proxy_tokens_total",
     kind: Kind::Counter,
-    labels: &["model", "type"],
+    labels: &["model", "type", "operation"],
     help: "Tokens as backends count them; cached_input is part of input, reasoning of output.",
     otlp: &[own("proxy.tokens.total", "{token}")],
 };
@@ -129,7 +125,7 @@ pub static TOKENS: Family = Family {
 pub static REQUEST_TOKENS: Family = Family {
     name: "proxy_request_tokens",
     kind: Kind::Histogram,
-    labels: &["model", "type"],
+    labels: &["model", "type", "operation"],
     help: "Tokens of one request as backends count them.",
     otlp: &[own("proxy.request.tokens", "{token}"), convention("gen_ai.client.token.usage", "{token}")],
 };
@@ -138,7 +134,7 @@ pub static REQUEST_TOKENS: Family = Family {
 pub static FINISHES: Family = Family {
     name: "proxy_finish_reasons_total",
     kind: Kind::Counter,
-    labels: &["model", "reason"],
+    labels: &["model", "reason", "operation"],
     help: "Why answers ended, as backends say it.",
     otlp: &[own("proxy.finish_reasons.total", "{answer}")],
 };
@@ -147,18 +143,18 @@ pub static FINISHES: Family = Family {
 pub static REQUEST_BYTES: Family = Family {
     name: "proxy_request_body_bytes",
     kind: Kind::Histogram,
-    labels: &["model"],
+    labels: &["model", "operation"],
     help: "Size of the bodies of requests that a backend answered.",
-    otlp: &[own("proxy.request.body.size", "By"), convention("http.server.request.body.size", "By")],
+    otlp: &[own("proxy.request.body.size", "By")],
 };
 
 /// Sizes of answers.
 pub static RESPONSE_BYTES: Family = Family {
     name: "proxy_response_body_bytes",
     kind: Kind::Histogram,
-    labels: &["model"],
+    labels: &["model", "operation"],
     help: "Size of the bodies of backends' answers, as far as they were passed on.",
-    otlp: &[own("proxy.response.body.size", "By"), convention("http.server.response.body.size", "By")],
+    otlp: &[own("proxy.response.body.size", "By")],
 };
 
 /// The time that the proxy itself took.
@@ -449,7 +445,38 @@ pub static STARTED: Family = Family {
     otlp: &[own("process.start_time", "s")],
 };
 
-/// All of them, in the order in which they are told.
+/// What requests are called in OpenTelemetry's conventions for HTTP servers. These are told over OTLP alone; the names are
+/// those under which Prometheus shows them behind a collector.
+const HTTP_LABELS: &[&str] = &["method", "route", "scheme", "status", "error"];
+
+/// How long requests took.
+pub static HTTP_DURATION: Family = Family {
+    name: "http_server_request_duration_seconds",
+    kind: Kind::Histogram,
+    labels: HTTP_LABELS,
+    help: "Duration of HTTP server requests.",
+    otlp: &[convention("http.server.request.duration", "s")],
+};
+
+/// Sizes of requests.
+pub static HTTP_REQUEST_BYTES: Family = Family {
+    name: "http_server_request_body_size_bytes",
+    kind: Kind::Histogram,
+    labels: HTTP_LABELS,
+    help: "Size of HTTP server request bodies.",
+    otlp: &[convention("http.server.request.body.size", "By")],
+};
+
+/// Sizes of answers.
+pub static HTTP_RESPONSE_BYTES: Family = Family {
+    name: "http_server_response_body_size_bytes",
+    kind: Kind::Histogram,
+    labels: HTTP_LABELS,
+    help: "Size of HTTP server response bodies.",
+    otlp: &[convention("http.server.response.body.size", "By")],
+};
+
+/// All that `/metrics` tells, in the order in which they are told.
 pub static ALL: &[&Family] = &[
     &REQUESTS,
     &DURATION,

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use super::otlp::Tracing;
+use super::{http_server::HttpMetrics, operation::Operation, otlp::Tracing};
 use crate::{
     error::ProxyError,
     scan::{Finish, Usage},
@@ -49,26 +49,39 @@ pub struct Scale {
     parts_per_unit: f64,
 }
 
+/// Seconds of a whole request: the buckets that OpenTelemetry advises for `http.server.request.duration`, finer where most
+/// requests are, and far beyond what web servers use, because generation takes minutes.
+pub static REQUEST_SECONDS: Scale = Scale {
+    bounds: &[
+        0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 3.5, 5.0, 7.5, 10.0, 15.0,
+        20.0, 30.0, 40.0, 60.0, 80.0, 160.0, 320.0, 640.0,
+    ],
+    parts_per_unit: 1e6,
+};
+
 /// Seconds. Generation takes minutes, so the scale goes far beyond what web servers use.
 pub static SECONDS: Scale = Scale {
     bounds: &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0],
     parts_per_unit: 1e6,
 };
 
-/// Seconds to the first token: the buckets that OpenTelemetry advises for `gen_ai.server.time_to_first_token`, and a few
-/// more, as long prompts take long.
+/// Seconds to the first token: the buckets that OpenTelemetry advises for `gen_ai.server.time_to_first_token`, finer where
+/// people look, and a few more because long prompts take long.
 pub static FIRST_TOKEN_SECONDS: Scale = Scale {
     bounds: &[
-        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0,
-        60.0,
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 7.5,
+        10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 120.0,
     ],
     parts_per_unit: 1e6,
 };
 
-/// Seconds per token: the buckets that OpenTelemetry advises for `gen_ai.server.time_per_output_token`, and two for small
-/// models.
+/// Seconds per token: the buckets that OpenTelemetry advises for `gen_ai.server.time_per_output_token`, and finer ones up to
+/// 50 ms, where engines are.
 pub static PER_TOKEN_SECONDS: Scale = Scale {
-    bounds: &[0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5],
+    bounds: &[
+        0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.0175, 0.02, 0.0225, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.075,
+        0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    ],
     parts_per_unit: 1e9,
 };
 
@@ -283,6 +296,15 @@ impl StatusCounts {
 /// Instruments of one model.
 #[derive(Debug)]
 pub struct ModelMetrics {
+    /// By operation, in the order of [`Operation::ALL`]; those of an operation are made with its first request.
+    operations: [OnceLock<Box<OperationMetrics>>; Operation::ALL.len()],
+    /// How long requests waited in line, those that waited.
+    pub queue_wait: Histogram,
+}
+
+/// Instruments of one operation of one model.
+#[derive(Debug)]
+pub struct OperationMetrics {
     /// Requests by the status their client got; 499 when the client left before one.
     pub requests: StatusCounts,
     /// From the request's head to the last byte of its answer.
@@ -291,8 +313,6 @@ pub struct ModelMetrics {
     pub time_to_first_token: Histogram,
     /// From the first token of a streamed answer to its end, by the tokens after the first.
     pub time_per_output_token: Histogram,
-    /// How long requests waited in line, those that waited.
-    pub queue_wait: Histogram,
     /// Sizes of the bodies of requests that were answered by a backend.
     pub request_bytes: Histogram,
     /// Sizes of the bodies of backends' answers.
@@ -319,11 +339,38 @@ pub struct Tokens {
 impl Default for ModelMetrics {
     fn default() -> ModelMetrics {
         ModelMetrics {
+            operations: [const { OnceLock::new() }; Operation::ALL.len()],
+            queue_wait: Histogram::new(&SECONDS),
+        }
+    }
+}
+
+impl ModelMetrics {
+    /// The instruments of this operation.
+    pub fn of(&self, operation: Operation) -> &OperationMetrics {
+        self.operations[operation as usize].get_or_init(Box::default)
+    }
+
+    /// The operations that were asked for, with their instruments.
+    pub fn each(&self) -> impl Iterator<Item = (Operation, &OperationMetrics)> {
+        let all = Operation::ALL.into_iter().zip(&self.operations);
+        let made = all.filter_map(|(operation, metrics)| Some((operation, &**metrics.get()?)));
+        made.filter(|(_, metrics)| !metrics.requests.is_empty())
+    }
+
+    /// No request has ended.
+    pub fn is_empty(&self) -> bool {
+        self.each().next().is_none()
+    }
+}
+
+impl Default for OperationMetrics {
+    fn default() -> OperationMetrics {
+        OperationMetrics {
             requests: StatusCounts::default(),
-            duration: Histogram::new(&SECONDS),
+            duration: Histogram::new(&REQUEST_SECONDS),
             time_to_first_token: Histogram::new(&FIRST_TOKEN_SECONDS),
             time_per_output_token: Histogram::new(&PER_TOKEN_SECONDS),
-            queue_wait: Histogram::new(&SECONDS),
             request_bytes: Histogram::new(&BYTES),
             response_bytes: Histogram::new(&BYTES),
             tokens: Tokens {
@@ -337,7 +384,7 @@ impl Default for ModelMetrics {
     }
 }
 
-impl ModelMetrics {
+impl OperationMetrics {
     /// A request has ended.
     pub fn request_done(&self, status: u16, duration: Duration) {
         self.requests.increment(status);
@@ -426,6 +473,8 @@ pub struct Metrics {
     pub unknown: ModelMetrics,
     /// What makes spans, where traces are wanted.
     pub tracing: Option<Tracing>,
+    /// Requests as OpenTelemetry counts them, where metrics are sent to a collector.
+    pub http: Option<HttpMetrics>,
     /// Time that the proxy itself added to a request: what `proxy_overhead_seconds` says.
     pub overhead: Histogram,
     /// Errors that the proxy answered with, by their code.
@@ -478,6 +527,7 @@ impl Default for Metrics {
     fn default() -> Metrics {
         Metrics {
             tracing: None,
+            http: None,
             unknown: ModelMetrics::default(),
             overhead: Histogram::new(&SHORT_SECONDS),
             rejected: PerWord::new(ProxyError::CODES),
@@ -517,9 +567,10 @@ impl Metrics {
         Retry::ALL.into_iter().zip(&self.retries).map(|(why, counter)| (why, counter.get()))
     }
 
-    /// Instruments of a proxy whose requests are traced, if there is anything to trace them with.
-    pub fn with_tracing(tracing: Option<Tracing>) -> Metrics {
-        Metrics { tracing, ..Metrics::default() }
+    /// Instruments of a proxy whose requests are traced, if there is anything to trace them with, and whose metrics are
+    /// sent to a collector, if `is_sent`.
+    pub fn with_telemetry(tracing: Option<Tracing>, is_sent: bool) -> Metrics {
+        Metrics { tracing, http: is_sent.then(HttpMetrics::default), ..Metrics::default() }
     }
 
     /// The routing table has changed.
@@ -571,7 +622,7 @@ mod tests {
 
     #[test]
     fn the_first_token_is_no_step_between_tokens() {
-        let metrics = ModelMetrics::default();
+        let metrics = OperationMetrics::default();
         for (tokens, ms) in [(0, 9), (1, 9), (11, 100)] {
             metrics.streamed(tokens, Duration::from_millis(ms));
         }

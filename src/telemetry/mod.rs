@@ -3,7 +3,10 @@
 
 pub mod exposition;
 pub mod families;
+pub mod http_server;
 pub mod log;
 pub mod metrics;
+pub mod operation;
 pub mod otlp;
 pub mod process;
+pub mod routes;

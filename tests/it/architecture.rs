@@ -50,7 +50,6 @@ const PURE: &[&str] = &[
     "proxy/failure.rs",
     "proxy/headers.rs",
     "proxy/paths.rs",
-    "proxy/routes.rs",
     "registry/verdict.rs",
     "replay.rs",
     "scan/json.rs",
@@ -67,7 +66,9 @@ const PURE: &[&str] = &[
     "tally.rs",
     "telemetry/log/lines.rs",
     "telemetry/log/repeats.rs",
+    "telemetry/operation.rs",
     "telemetry/otlp/w3c.rs",
+    "telemetry/routes.rs",
 ];
 
 fn sources() -> Vec<(String, String)> {

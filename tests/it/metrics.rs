@@ -133,14 +133,72 @@ async fn o01_what_clients_invent_makes_no_series() {
         client.ask(&Request::chat(model)).await;
     }
     client.ask(&Request::get("/nowhere")).await;
+    client.ask(&Request::post("/v1/nowhere", r#"{"model":"m"}"#)).await;
     let before = series(&page(&app).await);
     for i in 0..200 {
         let name = format!("{:x}\\\"-{i}", fastrand::u64(..));
         assert_eq!(client.ask(&Request::chat(&name)).await.status, 404);
         assert_eq!(client.ask(&Request::get(&format!("/{i}"))).await.status, 404);
+        assert_eq!(client.ask(&Request::post(&format!("/v1/x{i}"), r#"{"model":"m"}"#)).await.status, 200);
+        assert_eq!(client.ask(&Request::new(&format!("BREW{i}"), "/nowhere")).await.status, 404);
     }
     let after = series(&page(&app).await);
     assert_eq!(after.difference(&before).collect::<Vec<_>>(), Vec::<&String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o04_operations_of_one_model_are_told_apart() {
+    let upstream = Upstream::start("a", &["m"]).await;
+    let app = TestApp::with(&[&upstream]).await;
+    let mut client = app.client().await;
+    let operations = [
+        ("chat", "/v1/chat/completions"),
+        ("chat", "/api/chat"),
+        ("text_completion", "/v1/completions"),
+        ("embeddings", "/v1/embeddings"),
+        ("messages", "/v1/messages"),
+        ("responses", "/v1/responses"),
+        ("rerank", "/rerank"),
+        ("rerank", "/v2/rerank"),
+        ("tokenize", "/tokenize"),
+        ("score", "/v1/score"),
+        ("other", "/v1/invented"),
+        ("other", "/v1/invented/17"),
+    ];
+    let mut expected: BTreeMap<&str, f64> = BTreeMap::new();
+    for (turn, (operation, path)) in operations.iter().cycle().take(50).enumerate() {
+        if turn % 5 == 0 {
+            upstream.script(stream_of(3));
+        }
+        let body = r#"{"model":"m","messages":[],"prompt":"x"}"#;
+        assert_eq!(client.ask(&Request::post(path, body)).await.status, 200, "{path}");
+        *expected.entry(operation).or_default() += 1.0;
+    }
+    for (operation, count) in expected {
+        let labels = [("model", "m"), ("operation", operation)];
+        let counted = [("model", "m"), ("status", "200"), ("operation", operation)];
+        eventually(format!("{operation} is counted"), async || {
+            app.metric("proxy_requests_total", &counted).await == Some(count)
+        })
+        .await;
+        for histogram in ["proxy_request_duration_seconds_count", "proxy_request_body_bytes_count"] {
+            assert_eq!(app.metric(histogram, &labels).await, Some(count), "{operation}: {histogram}");
+        }
+    }
+    // The names of before, without the new label, are sums over it.
+    assert_eq!(app.metric("proxy_requests_total", &[("model", "m"), ("status", "200")]).await, Some(50.0));
+    assert_eq!(app.metric("proxy_request_duration_seconds_count", &[("model", "m")]).await, Some(50.0));
+    assert_eq!(app.metric("proxy_tokens_total", &[("type", "output")]).await, Some(30.0));
+    // The time per token has a bucket wherever engines are.
+    let text = page(&app).await;
+    let bounds: BTreeSet<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("proxy_time_per_output_token_seconds_bucket"))
+        .filter_map(|line| line.split("le=\"").nth(1)?.split('"').next())
+        .collect();
+    for bound in ["0.01", "0.0125", "0.015", "0.0175", "0.02", "0.0225", "0.025"] {
+        assert!(bounds.contains(bound), "{bound} in {bounds:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -131,8 +131,11 @@ fn queries() -> Vec<Query> {
         let title = panel["title"].as_str().unwrap();
         for target in panel["targets"].as_array().into_iter().flatten() {
             let text = target["expr"].as_str().unwrap();
-            let text =
-                text.replace("$model", ".*").replace("$job", "inference-proxy").replace("$__rate_interval", "1m");
+            let text = text
+                .replace("$model", ".*")
+                .replace("$operation", ".*")
+                .replace("$job", "inference-proxy")
+                .replace("$__rate_interval", "1m");
             assert!(!text.contains('$'), "{title}: an unknown variable in {text}");
             queries.push(Query { panel: title.to_owned(), text });
         }

@@ -5,7 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind};
+use opentelemetry_proto::tonic::{
+    metrics::v1::metric::Data,
+    trace::v1::{Span, span::SpanKind},
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpListener,
@@ -115,6 +118,9 @@ async fn o02_one_request(protocol: &str, gzip: &str) {
             ("container.image.name", "vllm/vllm-openai:v1"),
         ],
     );
+    // Trace viewers add up the tokens of all spans.
+    has(&client, &[("gen_ai.usage.input_tokens", "7"), ("gen_ai.usage.output_tokens", "3")]);
+    assert!(!server.attributes.iter().any(|attribute| attribute.key.starts_with("gen_ai.usage.")), "{server:?}");
     for span in [&server, &client] {
         has(
             span,
@@ -122,8 +128,6 @@ async fn o02_one_request(protocol: &str, gzip: &str) {
                 ("gen_ai.operation.name", "chat"),
                 ("gen_ai.provider.name", "openai"),
                 ("gen_ai.request.model", "m"),
-                ("gen_ai.usage.input_tokens", "7"),
-                ("gen_ai.usage.output_tokens", "3"),
                 ("gen_ai.response.finish_reasons", "stop"),
             ],
         );
@@ -330,15 +334,124 @@ async fn o02_metrics_are_those_of_the_page(protocol: &str) {
         assert!(told.is_some(), "{otlp} is none of {:?}", names());
         assert_eq!(told, app.metric(page, labels).await, "{otlp}");
     }
-    let model = [("gen_ai.request.model", "m")];
-    for name in ["http.server.request.duration", "gen_ai.server.request.duration"] {
-        assert_eq!(collector.metric(name, &model), Some(5.0), "{name}");
+    let required = [
+        ("gen_ai.operation.name", "chat"),
+        ("gen_ai.provider.name", "openai"),
+        ("gen_ai.request.model", "m"),
+        ("gen_ai.token.type", "input"),
+    ];
+    for name in ["gen_ai.server.request.duration", "gen_ai.server.time_to_first_token"] {
+        assert_eq!(collector.metric(name, &required[..3]), Some(5.0), "{name}");
     }
-    let input = [model[0], ("gen_ai.token.type", "input")];
-    assert_eq!(collector.metric("gen_ai.client.token.usage", &input), Some(5.0));
+    assert_eq!(collector.metric("gen_ai.client.token.usage", &required), Some(5.0));
+    for (status, count) in [("200", 5.0), ("404", 1.0)] {
+        let required = [
+            ("http.request.method", "POST"),
+            ("http.route", "/v1/chat/completions"),
+            ("url.scheme", "http"),
+            ("http.response.status_code", status),
+        ];
+        for name in ["http.server.request.duration", "http.server.response.body.size"] {
+            assert_eq!(collector.metric(name, &required), Some(count), "{name} {status}");
+        }
+    }
     // What has gone is told no more.
     app.ended("b").await;
     eventually("its series are gone", async || collector.metric("proxy.backend.inflight", &[]).is_none()).await;
+}
+
+/// Spans and metrics of requests of many kinds: each route has its name, and clients invent none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o02_each_route_has_its_name_and_each_series_the_attributes_that_are_required() {
+    let collector = Collector::start().await;
+    let upstream = Upstream::start("b", &["m"]).await;
+    upstream.always(json_reply(USAGE));
+    let app = exporting(&collector, HTTP, &[], &[&upstream]).await;
+    let named = |path: &str| Request::post(path, r#"{"model":"m"}"#);
+    let requests = [
+        (Request::get("/v1/models"), "GET /v1/models"),
+        (Request::new("HEAD", "/v1/models"), "HEAD /v1/models"),
+        (Request::get("/v1/models/m"), "GET /v1/models/{id}"),
+        (Request::get("/v1/models/no%2Fsuch"), "GET /v1/models/{id}"),
+        (named("/v1/embeddings"), "POST /v1/embeddings"),
+        (named("/v1/responses"), "POST /v1/responses"),
+        (Request::messages("m"), "POST /v1/messages"),
+        (named("/tokenize"), "POST /tokenize"),
+        (named("/api/chat"), "POST /api/chat"),
+        (Request::get("/v1/responses/resp_17"), "GET /v1/responses/{id}"),
+        (Request::get("/v1/videos/v_17/content"), "GET /v1/videos/{id}/content"),
+        (named("/v1/invented/17"), "POST /v1/*"),
+        (Request::get("/invented/17"), "GET /*"),
+        (Request::new("BREW", "/v1/models"), "HTTP /v1/models"),
+        (Request::chat("m").header("x-forwarded-proto", "https"), "POST /v1/chat/completions"),
+    ];
+    for (request, _) in &requests {
+        let mut client = app.client().await;
+        client.send(request.bytes()).await;
+        client.next_answer(request.bytes().starts_with(b"HEAD")).await.unwrap();
+    }
+    let spans = collector.spans_of(SpanKind::Server, requests.len()).await;
+    let mut names: Vec<&str> = spans.iter().map(|span| span.name.as_str()).collect();
+    let mut expected: Vec<&str> = requests.iter().map(|(_, name)| *name).collect();
+    names.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    let brewed = spans.iter().find(|span| span.name == "HTTP /v1/models").unwrap();
+    has(brewed, &[("http.request.method", "_OTHER"), ("http.request.method_original", "BREW")]);
+    let chat = spans.iter().find(|span| span.name == "POST /v1/chat/completions").unwrap();
+    has(chat, &[("url.scheme", "https")]);
+    let told_twice: Vec<_> =
+        spans.iter().filter(|span| text(&span.attributes, "gen_ai.usage.input_tokens").is_some()).collect();
+    assert!(told_twice.is_empty(), "{told_twice:?}");
+
+    // A chat is one in every dialect: `/v1/chat/completions`, `/api/chat` and `/v1/responses` are one series.
+    let duration = "gen_ai.server.request.duration";
+    let by = |name: &str, provider: &str| {
+        let labels =
+            [("gen_ai.operation.name", name), ("gen_ai.provider.name", provider), ("gen_ai.request.model", "m")];
+        collector.metric(duration, &labels)
+    };
+    eventually("all requests are told", async || by("chat", "openai") == Some(3.0)).await;
+    assert_eq!(
+        (by("chat", "anthropic"), by("embeddings", "openai"), by("tokenize", "openai")),
+        (Some(1.0), Some(1.0), Some(1.0))
+    );
+    for metric in collector.metrics() {
+        let Some(Data::Histogram(histogram)) = metric.data else { continue };
+        let required: &[&str] = match metric.name.as_str() {
+            name if name.starts_with("http.server.") => {
+                &["http.request.method", "http.route", "url.scheme", "http.response.status_code"]
+            }
+            name if name.starts_with("gen_ai.") => &["gen_ai.operation.name", "gen_ai.provider.name"],
+            _ => continue,
+        };
+        let mut seen = std::collections::BTreeSet::new();
+        for point in histogram.data_points {
+            for key in required {
+                assert!(
+                    text(&point.attributes, key).is_some(),
+                    "{} without {key}: {:?}",
+                    metric.name,
+                    point.attributes
+                );
+            }
+            assert!(
+                seen.insert(format!("{:?}", point.attributes)),
+                "{} is told twice: {:?}",
+                metric.name,
+                point.attributes
+            );
+        }
+        assert!(!seen.is_empty(), "{} has no series", metric.name);
+    }
+    for (labels, count) in [
+        (&[("http.request.method", "_OTHER"), ("http.route", "/v1/models")][..], 1.0),
+        (&[("url.scheme", "https"), ("http.response.status_code", "200")], 1.0),
+        (&[("http.route", "/v1/models/{id}"), ("http.response.status_code", "404")], 1.0),
+        (&[("http.route", "/v1/*")], 1.0),
+    ] {
+        assert_eq!(collector.metric("http.server.request.duration", labels), Some(count), "{labels:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -562,6 +675,8 @@ async fn o02_a_complaint_names_the_path_and_another_kind_of_trouble_is_said_at_o
         assert_eq!(said.len(), statuses, "once for each kind: {said:?}");
         let last = said.last().unwrap();
         assert!(last.contains(&place) && last.contains(&status.to_string()), "{last}");
+        // A collector that takes no metrics at all is not wrong: the user is told what ends the attempts.
+        assert_eq!(last.contains("OTEL_METRICS_EXPORTER=none"), status == 404, "{last}");
     }
     std::fs::remove_file(&log).unwrap();
 }

@@ -16,7 +16,8 @@ use super::SCOPE;
 use crate::telemetry::{
     exposition::{Labels, Report, Value},
     families::{Family, Kind, Naming, OtlpName},
-    metrics::{Distribution, Histogram},
+    metrics::{Distribution, Histogram, UNKNOWN_MODEL},
+    operation::Operation,
 };
 
 /// A snapshot of all metrics.
@@ -127,7 +128,7 @@ impl Report for OtlpReport {
                 debug_assert!(false, "{} is no histogram", name.name);
                 return;
             };
-            histogram.data_points.push(HistogramDataPoint {
+            let point = HistogramDataPoint {
                 attributes: attributes(name, labels),
                 start_time_unix_nano: start,
                 time_unix_nano: now,
@@ -136,35 +137,62 @@ impl Report for OtlpReport {
                 bucket_counts: counts.clone(),
                 explicit_bounds: bounds.to_vec(),
                 ..HistogramDataPoint::default()
-            });
+            };
+            match name.naming {
+                Naming::Own => histogram.data_points.push(point),
+                Naming::Conventions => add_histogram(&mut histogram.data_points, point),
+            }
         });
     }
 }
 
 fn attributes(name: &OtlpName, labels: &Labels<'_>) -> Vec<KeyValue> {
-    let mut attributes: Vec<KeyValue> = labels
-        .iter()
-        .map(|(label, text)| match name.naming {
-            Naming::Own => text_attribute(label, text.to_string()),
-            Naming::Conventions => conventional(label, text.to_string()),
-        })
-        .collect();
-    if name.naming == Naming::Conventions && name.name.starts_with("http.") {
-        attributes.push(text_attribute("url.scheme", "http".to_owned()));
+    let mut attributes = Vec::with_capacity(labels.len() + 1);
+    for (label, text) in labels {
+        match name.naming {
+            Naming::Own => attributes.push(text_attribute(label, text.to_string())),
+            Naming::Conventions => push_conventional(&mut attributes, label, text.to_string()),
+        }
     }
     attributes
 }
 
-/// What OpenTelemetry's conventions call this label.
-fn conventional(label: &str, text: String) -> KeyValue {
-    match label {
+/// What OpenTelemetry's conventions say for this label.
+fn push_conventional(attributes: &mut Vec<KeyValue>, label: &str, text: String) {
+    let attribute = match label {
+        // No attribute says that there is nothing to say.
+        _ if text.is_empty() => return,
+        "model" if text == UNKNOWN_MODEL => return,
         "model" => text_attribute("gen_ai.request.model", text),
         "type" => text_attribute("gen_ai.token.type", text),
+        "operation" => {
+            let operation = Operation::of_word(&text).unwrap_or(Operation::Other);
+            attributes.push(text_attribute("gen_ai.operation.name", operation.gen_ai_name().to_owned()));
+            text_attribute("gen_ai.provider.name", operation.provider().to_owned())
+        }
+        "method" => text_attribute("http.request.method", text),
+        "route" => text_attribute("http.route", text),
+        "scheme" => text_attribute("url.scheme", text),
+        "error" => text_attribute("error.type", text),
         "status" => match text.parse() {
             Ok(status) => attribute("http.response.status_code", any_value::Value::IntValue(status)),
             Err(_) => text_attribute("http.response.status_code", text),
         },
         label => text_attribute(label, text),
+    };
+    attributes.push(attribute);
+}
+
+/// Adds a series of a histogram, to one with the same attributes if there is one: the conventions have one name for what
+/// are several operations here. Such series follow closely on each other.
+fn add_histogram(points: &mut Vec<HistogramDataPoint>, point: HistogramDataPoint) {
+    const NEAR: usize = 2 * Operation::ALL.len();
+    let same = points.iter_mut().rev().take(NEAR).find(|other| other.attributes == point.attributes);
+    let Some(same) = same else { return points.push(point) };
+    same.count += point.count;
+    same.sum = Some(same.sum.unwrap_or_default() + point.sum.unwrap_or_default());
+    for (count, more) in same.bucket_counts.iter_mut().zip(point.bucket_counts) {
+        *count += more;
     }
 }
 
@@ -210,7 +238,9 @@ mod tests {
         let histogram = Histogram::new(&SECONDS);
         histogram.observe(Duration::from_millis(700));
         report.family(&LASTED);
-        report.histogram(&[("model", &"m")], &histogram);
+        for operation in ["chat", "tokenize", "responses"] {
+            report.histogram(&[("model", &"m"), ("operation", &operation)], &histogram);
+        }
         report.family(&SILENT);
         report.family(&NUMBER);
         report.sample(&[("status", &200)], 3_u64.into());
@@ -226,8 +256,14 @@ mod tests {
         let keys = |point: &HistogramDataPoint| -> Vec<String> {
             point.attributes.iter().map(|attribute| attribute.key.clone()).collect()
         };
-        assert_eq!(keys(&own.data_points[0]), ["model"]);
-        assert_eq!(keys(&convention.data_points[0]), ["gen_ai.request.model", "url.scheme"]);
+        assert_eq!(keys(&own.data_points[0]), ["model", "operation"]);
+        let of_convention = ["gen_ai.request.model", "gen_ai.operation.name", "gen_ai.provider.name"];
+        assert_eq!(keys(&convention.data_points[0]), of_convention);
+        // The conventions call two of them the same, and a series is told once.
+        let counts = |points: &[HistogramDataPoint]| points.iter().map(|point| point.count).collect::<Vec<_>>();
+        assert_eq!((counts(&own.data_points), counts(&convention.data_points)), (vec![1, 1, 1], vec![2, 1]));
+        assert_eq!(convention.data_points[0].sum, Some(1.4));
+        assert_eq!(convention.data_points[0].bucket_counts.iter().sum::<u64>(), 2);
         let point = &own.data_points[0];
         assert_eq!((point.count, point.sum), (1, Some(0.7)));
         assert_eq!(point.bucket_counts.len(), point.explicit_bounds.len() + 1);
