@@ -26,5 +26,6 @@ mod lifecycle;
 mod measured;
 mod pools;
 mod rolling;
+mod rolling_proxies;
 mod support;
 mod timings;

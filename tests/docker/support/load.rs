@@ -108,10 +108,15 @@ impl Pulse {
 impl Load {
     /// Begins with `clients` clients.
     pub(crate) fn start(proxy: &Proxy, model: &str, clients: usize) -> Self {
+        Self::start_at(proxy.addr, model, clients)
+    }
+
+    /// As [`start`](Self::start), with what listens at this address in front of the proxies.
+    pub(crate) fn start_at(to: SocketAddr, model: &str, clients: usize) -> Self {
         let (running, samples) = (Arc::new(AtomicBool::new(true)), Arc::new(Mutex::new(Vec::new())));
         let mut tasks = JoinSet::new();
         for client in 0..clients {
-            let (to, model) = (proxy.addr, model.to_owned());
+            let model = model.to_owned();
             let (still, record) = (Arc::clone(&running), Arc::clone(&samples));
             tasks.spawn(async move {
                 let mut streamed = client % 2 == 0;
