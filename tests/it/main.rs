@@ -20,6 +20,7 @@ mod balancing;
 mod body;
 mod breaker;
 mod commands;
+mod documentation;
 mod drain;
 mod encoded;
 mod failures;

@@ -1,0 +1,178 @@
+//! `docs/failures.md` says what the code does: its tables are compared with those in the code, in both directions.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
+
+use http::StatusCode;
+use inference_proxy::{
+    breaker::Outcome,
+    error::ProxyError,
+    proxy::failure::{self, Action, Lesson, Stage, What},
+    upstream::ConnectError,
+};
+
+/// The cells of the rows whose first cell begins with a code word, below this heading.
+fn rows(heading: &str) -> Vec<Vec<String>> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/failures.md");
+    let page = std::fs::read_to_string(path).unwrap();
+    let section = page.split("\n## ").find(|section| section.starts_with(heading));
+    let section = section.unwrap_or_else(|| panic!("docs/failures.md has no section {heading:?}"));
+    // Behind the head of the table and the line below it.
+    let rows = section.lines().filter(|line| line.starts_with("| ")).skip(1);
+    rows.map(|row| row.trim_matches('|').split(" | ").map(|cell| cell.trim().replace('`', "")).collect()).collect()
+}
+
+/// One error of each kind.
+fn errors() -> Vec<ProxyError> {
+    let text = || "x".to_owned();
+    let bad = |code| ProxyError::BadRequest { code, message: text() };
+    vec![
+        bad("model_required"),
+        bad("invalid_json"),
+        bad("invalid_request"),
+        ProxyError::UnsupportedEncoding { message: text() },
+        ProxyError::DecodesTooLarge { message: text() },
+        ProxyError::HeadTooLarge { message: text() },
+        ProxyError::RequestTimeout { what: "x" },
+        ProxyError::NoSuchPath { message: text() },
+        ProxyError::AnswerGone { id: text() },
+        ProxyError::MethodNotAllowed { allow: "GET" },
+        ProxyError::ModelNotFound { model: text() },
+        ProxyError::ModelUnavailable { model: text(), why: "x" },
+        ProxyError::NoBackend,
+        ProxyError::Overloaded { what: text(), retry_after: None },
+        ProxyError::TooLarge { limit_bytes: 1, knob: "x" },
+        ProxyError::Backend { backend: text(), what: "x", attempts: 1 },
+        ProxyError::BrokenOff { backend: text() },
+        ProxyError::BackendTimeout { backend: text(), limit: Duration::from_secs(1), knob: "x" },
+    ]
+}
+
+#[test]
+fn documentation_of_failures_has_every_error_code_and_its_status() {
+    let documented: BTreeMap<String, String> =
+        rows("Errors of the proxy's own").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+    let mut codes: Vec<&str> = ProxyError::CODES.to_vec();
+    codes.sort_unstable();
+    assert_eq!(documented.keys().map(String::as_str).collect::<Vec<_>>(), codes);
+    for error in errors() {
+        assert_eq!(documented[error.code()], error.status().as_str(), "{}: {error}", error.code());
+        codes.retain(|code| *code != error.code());
+    }
+    assert_eq!(codes, [""; 0], "no error of this code is compared");
+}
+
+const WHATS: [What; 9] = [
+    What::Connect(ConnectError::Refused),
+    What::Connect(ConnectError::TimedOut),
+    What::Connect(ConnectError::Unreachable),
+    What::Connect(ConnectError::Cut),
+    What::Ended,
+    What::Nonsense,
+    What::TimedOut,
+    What::ClientGone,
+    What::ClientFault,
+];
+
+/// The stages with the words for them.
+const STAGES: [(Stage, &str); 4] = [
+    (Stage::Unanswered { reused: false }, "no byte, fresh connection"),
+    (Stage::Unanswered { reused: true }, "no byte, reused connection"),
+    (Stage::Begun, "a part of the head"),
+    (Stage::Answered, "the client has the head"),
+];
+
+fn action(action: Action) -> &'static str {
+    match action {
+        Action::SendAgain => "again",
+        Action::Elsewhere => "elsewhere",
+        Action::BadGateway => "no: 502 backend_error",
+        Action::GatewayTimeout => "no: 504 backend_timeout",
+        Action::Refuse => "no: 4xx that says what is wrong",
+        Action::Cut => "no: cut",
+        Action::Abandon => "no: nobody is there",
+    }
+}
+
+fn lesson(lesson: Lesson) -> &'static str {
+    match lesson {
+        Lesson::None => "nothing",
+        Lesson::Failure => "a failure",
+    }
+}
+
+/// What the code does: by what failed, how far the answer had come and whether the request is held, what is done and learnt.
+fn matrix() -> BTreeMap<[String; 3], [String; 2]> {
+    let mut matrix = BTreeMap::new();
+    for what in WHATS {
+        for (stage, words) in STAGES {
+            // Connecting fails before anything is sent.
+            if matches!(what, What::Connect(_)) && stage != (Stage::Unanswered { reused: false }) {
+                continue;
+            }
+            for (can_replay, held) in [(true, "held"), (false, "not held")] {
+                let (done, learnt) = failure::judge(what, stage, can_replay);
+                let key = [what.name(), words, held].map(str::to_owned);
+                matrix.insert(key, [action(done), lesson(learnt)].map(str::to_owned));
+            }
+        }
+    }
+    matrix
+}
+
+#[test]
+fn documentation_of_failures_has_every_row_of_the_matrix() {
+    let mut documented = BTreeMap::new();
+    for row in rows("Attempts that fail") {
+        let [whats, _, stages, held, done, learnt, advice] = &row[..] else { panic!("{row:?} has other cells") };
+        assert!(!advice.is_empty(), "{row:?}");
+        let any = |cell: &str, all: &[&str]| -> Vec<String> {
+            let all = if cell == "any" { all.join("; ") } else { cell.to_owned() };
+            all.split("; ").map(str::to_owned).collect()
+        };
+        let is_connect = whats.split(", ").all(|what| WHATS[..4].iter().any(|known| known.name() == what));
+        let all_stages = STAGES.map(|(_, words)| words);
+        let all_stages = if is_connect { &all_stages[..1] } else { &all_stages[..] };
+        for what in whats.split(", ") {
+            for stage in any(stages, all_stages) {
+                for held in any(held, &["held", "not held"]) {
+                    let key = [what.to_owned(), stage.clone(), held];
+                    let before = documented.insert(key.clone(), [done.clone(), learnt.clone()]);
+                    assert!(before.is_none(), "{key:?} stands there twice");
+                }
+            }
+        }
+    }
+    let matrix = matrix();
+    for (key, expected) in &matrix {
+        assert_eq!(documented.get(key), Some(expected), "{key:?}");
+    }
+    let unknown: Vec<_> = documented.keys().filter(|key| !matrix.contains_key(*key)).collect();
+    assert!(unknown.is_empty(), "docs/failures.md has rows that the code has not: {unknown:?}");
+}
+
+#[test]
+fn documentation_of_failures_says_what_each_status_teaches() {
+    let mut documented = Vec::new();
+    for row in rows("Answers of backends that say no") {
+        for status in row[0].split(", ") {
+            let code = StatusCode::from_bytes(status.as_bytes()).unwrap();
+            let learnt = match failure::outcome(code, None, || SystemTime::UNIX_EPOCH) {
+                Outcome::Success => "nothing",
+                Outcome::Failure => "a failure",
+                Outcome::PushBack { .. } => "to spare it",
+                other => panic!("{status} teaches {other:?}"),
+            };
+            assert_eq!(row[2], learnt, "{status}");
+            documented.push(code.as_u16());
+        }
+    }
+    // Whatever teaches more than nothing, and what does not although it might.
+    for status in 500..=599 {
+        let outcome = failure::outcome(StatusCode::from_u16(status).unwrap(), None, || SystemTime::UNIX_EPOCH);
+        assert!(documented.contains(&status) || outcome == Outcome::Failure, "{status} is not documented");
+    }
+    assert!(documented.contains(&429));
+}
