@@ -122,6 +122,39 @@ const MODEL_OPTIONAL: &[&str] = &[
     "/v2/rerank",
 ];
 
+/// First segments below `/v1` of the APIs that engines serve. Behind a prefix that is no version, nothing else is: what an
+/// engine serves beside `/v1` is mostly there to control it.
+const API: &[&str] = &[
+    "audio",
+    "chat",
+    "classify",
+    "completion",
+    "completions",
+    "decisions",
+    "detokenize",
+    "embed",
+    "embed_all",
+    "embed_sparse",
+    "embedding",
+    "embeddings",
+    "generate",
+    "images",
+    "infill",
+    "messages",
+    "moderations",
+    "pooling",
+    "predict",
+    "realtime",
+    "rerank",
+    "reranking",
+    "responses",
+    "score",
+    "similarity",
+    "systemone",
+    "tokenize",
+    "videos",
+];
+
 /// What most requests ask for, to be forwarded without a closer look.
 const USUAL: &[&str] = &[
     "/v1/audio/transcriptions",
@@ -207,6 +240,22 @@ fn classify_closely<'p>(method: &Method, path: &'p str) -> Target<'p> {
         Ok(_) => Target::Forward { below_v1: None },
         Err(_) => Target::Unknown,
     }
+}
+
+/// Whether `path`, which begins with `/v1/`, may be sent to a backend whose API has the prefix `base_path`.
+///
+/// Below a version, such as `/v1` or `/api/v1`, engines have their API, whose paths grow faster than any list. Below
+/// anything else (`/`, Ollama's `/api`, the prefix of a proxy before the engine) they may have everything.
+pub fn may_be_below(base_path: &str, path: &str) -> bool {
+    let last = base_path.rsplit('/').next().unwrap_or_default();
+    let is_version = last.strip_prefix('v').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+    let is_api = |first: &str| API.binary_search(&first).is_ok();
+    is_version
+        || USUAL.contains(&path)
+        || decoded_segments(path).is_some_and(|segments| {
+            let mut segments = segments.iter().filter(|segment| !segment.is_empty());
+            segments.nth(1).is_some_and(|first| is_api(first)) && !segments.any(|segment| segment == ".")
+        })
 }
 
 fn is_control(segment: &str) -> bool {
@@ -321,7 +370,7 @@ mod tests {
 
     #[test]
     fn tables_are_sorted_for_binary_search() {
-        for table in [CONTROL, STATEFUL, ENGINE_PATHS, MODEL_OPTIONAL] {
+        for table in [CONTROL, STATEFUL, ENGINE_PATHS, MODEL_OPTIONAL, API] {
             assert!(table.is_sorted(), "{table:?}");
         }
     }
@@ -418,6 +467,85 @@ mod tests {
         }
         for path in ["/sleep", "/%73leep", "//sleep", "/collective_rpc"] {
             assert_eq!(post(path), Target::Unknown, "{path}");
+        }
+    }
+
+    /// What engines serve beside their API: vLLM, SGLang, llama.cpp, TEI, Ollama. None of it is on the list of segments that
+    /// are refused everywhere.
+    const BESIDE_THE_API: &[&str] = &[
+        "shutdown",
+        "server_info",
+        "get_server_info",
+        "get_internal_state",
+        "get_weights_by_name",
+        "reset_encoder_cache",
+        "clear_hicache_storage_backend",
+        "open_session",
+        "close_session",
+        "parse_function_call",
+        "hf3fs/config",
+        "slots/0",
+        "props",
+        "metrics",
+        "load",
+        "ping",
+        "docs",
+        "openapi.json",
+        "api/pull",
+        "api/delete",
+        "pull",
+        "push",
+        "create",
+        "copy",
+        "delete",
+        "blobs/sha256:0",
+        "ps",
+        "tags",
+        "version",
+        "engines/x",
+    ];
+
+    #[test]
+    fn behind_a_prefix_that_is_no_version_there_is_only_the_api() {
+        for base_path in ["", "/api", "/llm", "/openai/deployments/v", "/vllm", "/version", "/V1"] {
+            for name in BESIDE_THE_API {
+                for path in [
+                    format!("/v1/{name}"),
+                    format!("/v1//{name}"),
+                    format!("/v1/./{name}"),
+                    format!("/v1/chat/.//{name}"),
+                    format!("/v1/%2f{name}"),
+                    format!("/v1/;/{name}"),
+                    format!("/v1/%2E/{name}"),
+                    format!("/v1/{}", name.to_uppercase()),
+                    format!("/v1/%{:02x}{}", name.as_bytes()[0], &name[1..]),
+                    format!("/v1/%25{:02x}{}", name.as_bytes()[0], &name[1..]),
+                    format!("/v1/{name};chat"),
+                    format!("/v1/{name}%3f/chat"),
+                    format!("/v1/{name}/"),
+                ] {
+                    assert!(!may_be_below(base_path, &path), "{path} behind {base_path:?}");
+                }
+            }
+            for path in [
+                "/v1/chat/completions",
+                "/v1/chat%2Fcompletions",
+                "/v1//chat/completions",
+                "/v1/chat/completions/render",
+                "/v1/responses/resp_1/cancel",
+                "/v1/embeddings",
+                "/v1/audio/speech",
+                "/v1/realtime",
+                "/v1/images/generations",
+                "/v1/videos/v_1/content",
+                "/v1/rerank/",
+                "/v1/tokenize",
+            ] {
+                assert!(may_be_below(base_path, path), "{path} behind {base_path:?}");
+            }
+        }
+        for base_path in ["/v1", "/api/v1", "/v2", "/v1beta", "/openai/v1"] {
+            assert!(may_be_below(base_path, "/v1/an_api_of_tomorrow"), "{base_path}");
         }
     }
 

@@ -18,6 +18,7 @@ use super::{
     exchange::Exchange,
     failure::{self, Action, Lesson, Stage, What},
     headers::{self, ToBackend},
+    paths,
 };
 use crate::{
     backend::{Backend, InFlight, Model},
@@ -52,6 +53,11 @@ impl Proxy {
             let now = Instant::now();
             exchange.sent(now);
             let backend = in_flight.backend();
+            if below_v1 && !paths::may_be_below(&backend.spec.base_path, asked.head.path()) {
+                let message = "no such path here: inference.api.base_path of the model's container is no version, \
+                               such as /v1, and behind it only paths of known APIs are forwarded";
+                return Err(ProxyError::NoSuchPath { message: message.to_owned() }.into());
+            }
             exchange.trace.attempt_begins(asked.head, backend, in_flight.model());
             let idle = if fresh_only { None } else { backend.upstream.lease_idle(now) };
             let leased = match idle {

@@ -165,6 +165,39 @@ async fn d05_a_backend_without_a_base_path_gets_bare_paths() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r11_behind_a_bare_prefix_only_the_api_is_reached() {
+    for label in ["/", "/api", "/vllm"] {
+        let upstream = Upstream::start("a", &["m"]).await;
+        let app = TestApp::start().await;
+        app.add(Spec::of(&upstream).label("inference.api.base_path", label)).await;
+        for path in [
+            "/v1/shutdown",
+            "/v1/server_info",
+            "/v1/reset_encoder_cache",
+            "/v1/slots/0?action=erase",
+            "/v1/props",
+            "/v1/api/pull",
+            "/v1/pull",
+            "/v1/%73hutdown",
+            "/v1//shutdown",
+            "/v1/./shutdown",
+            "/v1/%2fshutdown",
+            "/v1/;x/shutdown",
+            "/v1/SHUTDOWN",
+            "/v1/shutdown;x",
+            "/v1/chat/./shutdown",
+        ] {
+            for request in [Request::post(path, r#"{"model":"m"}"#), Request::get(path), Request::new("DELETE", path)] {
+                assert_openai_error(&app.ask(&request).await, 404, "not_found");
+            }
+        }
+        assert_eq!(upstream.count(), 0, "behind {label}");
+        assert_eq!(app.ask(&Request::post("/v1/chat/completions/render", r#"{"model":"m"}"#)).await.status, 200);
+        app.inflight_is("a", "m", 0.0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r04_engines_own_paths_are_routed_by_model_and_left_as_they_are() {
     let [a, b] = [Upstream::start("a", &["m"]).await, Upstream::start("b", &["n"]).await];
     let app = TestApp::with(&[&a, &b]).await;

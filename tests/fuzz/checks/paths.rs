@@ -32,6 +32,9 @@ pub fn check(input: &[u8]) {
         assert!(below_v1.starts_with('/'));
     }
     for base_path in ["/v1", "", "/api/v1", "/openai/deployments/a%20b"] {
+        if below_v1.is_some() && !paths::may_be_below(base_path, path) {
+            continue;
+        }
         let to = ToBackend {
             base_path: Some(base_path).filter(|base_path| below_v1.is_some() && *base_path != "/v1"),
             authority: "10.0.0.1:8000",
