@@ -254,7 +254,7 @@ impl ProbeHandle {
 
 /// Asks until `stop`, and sends every outcome.
 pub async fn run(
-    target: Target,
+    mut target: Target,
     serial: u64,
     answers: mpsc::Sender<Answer>,
     nudge: Arc<Notify>,
@@ -266,8 +266,11 @@ pub async fn run(
             let began = Instant::now();
             let outcome = ask(&target).await;
             let took = began.elapsed();
-            let wait = if outcome.is_ok() {
+            let wait = if let Ok(listing) = &outcome {
                 retry = RETRY_MIN;
+                // Where it has answered it is asked first from now on: another address that begins to answer later is
+                // no reason to move, which would cut its streams.
+                target.addrs.sort_by_key(|addr| *addr != listing.addr);
                 target.refresh
             } else {
                 let wait = retry;

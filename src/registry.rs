@@ -982,7 +982,10 @@ impl Entry {
             advice,
             models: self.models().into_iter().map(str::to_owned).collect(),
             address: address.map(|addr| addr.to_string()),
-            network: reach.and_then(|r| r.network.as_ref()).map(|network| network.name.clone()),
+            network: address
+                .zip(reach)
+                .and_then(|(addr, r)| r.network_of(addr.ip()))
+                .map(|network| network.name.clone()),
             in_flight: backend.map_or(0, Backend::in_flight),
             max_inflight: self.endpoint.labels.max_inflight.map(std::num::NonZeroU32::get),
             weight: f64::from(self.endpoint.labels.weight.get()) / f64::from(labels::WEIGHT_ONE.get()),

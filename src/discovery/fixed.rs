@@ -52,7 +52,7 @@ pub fn endpoint(name: &str, addr: SocketAddr) -> EndpointBuilder {
         health: Health::None,
         // What is reported by hand stands until something else is.
         health_check: HealthCheck { overdue_after: FOREVER, mark: 0 },
-        reach: Ok(Reach { targets: vec![addr], network: None }),
+        reach: Ok(Reach { targets: vec![addr], network: None, others: Vec::new() }),
         labels: LabelSpec::default(),
         problems: Vec::new(),
         excluded: None,

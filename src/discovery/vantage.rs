@@ -41,6 +41,13 @@ pub fn default_gateway(text: &str) -> Option<IpAddr> {
     defaults.min_by_key(|route| route.metric).map(|route| route.gateway)
 }
 
+/// The interface through which `ip` is reached without a gateway, from the one of the two files that has its family.
+pub fn interface_towards(text: &str, ip: IpAddr) -> Option<&str> {
+    let parse = if ip.is_ipv4() { Route::parse_ipv4 } else { Route::parse_ipv6 };
+    let routes = text.lines().filter_map(parse).filter(|route| route.is_usable() && route.covers(ip));
+    routes.max_by_key(|route| route.bits).filter(Route::is_on_link).map(|route| route.interface)
+}
+
 fn on_link<'a>(routes: impl Iterator<Item = Route<'a>>) -> Vec<(IpAddr, u8)> {
     let on_link = routes.filter(Route::is_on_link).map(|route| (route.destination, route.bits));
     on_link.take(MAX_PREFIXES).collect()
@@ -104,6 +111,21 @@ impl Route<'_> {
             && self.flags & RTF_UP != 0
             && self.flags & (RTF_REJECT | RTF_ANYCAST | RTF_LOCAL) == 0
             && !self.destination.is_multicast()
+    }
+
+    /// Whether its prefix is that of `ip`.
+    fn covers(&self, ip: IpAddr) -> bool {
+        match (self.destination, ip) {
+            (IpAddr::V4(prefix), IpAddr::V4(ip)) => {
+                let differing = prefix.to_bits() ^ ip.to_bits();
+                differing.checked_shr(32_u32.saturating_sub(self.bits.into())).is_none_or(|bits| bits == 0)
+            }
+            (IpAddr::V6(prefix), IpAddr::V6(ip)) => {
+                let differing = prefix.to_bits() ^ ip.to_bits();
+                differing.checked_shr(128_u32.saturating_sub(self.bits.into())).is_none_or(|bits| bits == 0)
+            }
+            _ => false,
+        }
     }
 
     fn is_on_link(&self) -> bool {
@@ -229,6 +251,33 @@ fd00 40 00 00 * 00000100 00000001 00000000 00000001 eth0
             let expected = expected.map(|ip| ip.parse::<IpAddr>().unwrap());
             assert_eq!(default_gateway(&format!("{header}{routes}\n")), expected, "{routes}");
         }
+    }
+
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn the_interface_towards_an_address() {
+        let text = "\
+eth0 00000000 010200C0 0003 0 0 0 00000000
+docker0 000011AC 00000000 0001 0 0 0 0000FFFF
+veth1 020011AC 00000000 0001 0 0 0 FFFFFFFF
+eth0 000200C0 00000000 0001 0 0 0 00FFFFFF
+tun0 000200C0 00000000 0000 0 0 0 FFFFFFFF
+eth1 0000000A 010200C0 0003 0 0 0 000000FF
+";
+        for (ip, expected) in [
+            ("172.17.0.9", Some("docker0")),
+            ("172.17.0.2", Some("veth1")),
+            ("192.0.2.8", Some("eth0")),
+            ("10.0.0.1", None),
+            ("203.0.113.5", None),
+            ("fd00::1", None),
+        ] {
+            assert_eq!(interface_towards(text, ip.parse().unwrap()), expected, "{ip}");
+        }
+        let text =
+            ipv6_lines("fd000002000000000000000000000000 30 * 00 * 00000100 00000001 00000000 00000001 br-1c2d\n");
+        assert_eq!(interface_towards(&text, "fd00:2::7".parse().unwrap()), Some("br-1c2d"));
+        assert_eq!(interface_towards(&text, "fd00:3::7".parse().unwrap()), None);
     }
 
     #[test]

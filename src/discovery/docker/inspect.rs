@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
@@ -69,6 +69,10 @@ pub(super) struct Context {
     pub(super) own_ports: Vec<u16>,
     /// For a proxy that runs in the network of another container.
     pub(super) shared: Option<Shared>,
+    /// Ports of the host that lead to the proxy's own container.
+    pub(super) own_published: Vec<Published>,
+    /// The vantage is known; until then it is a guess that nothing may be built on.
+    pub(super) is_placed: bool,
 }
 
 impl Inspected {
@@ -198,7 +202,7 @@ impl Inspected {
             Opted::In if context.self_id.as_deref() == Some(self.id.as_str()) => {
                 Some(obstacle("it is this proxy itself", "remove the label inference.enable from the proxy"))
             }
-            Opted::In if self.is_own_port(&reach, context) => Some(obstacle(
+            Opted::In if reach.as_ref().is_ok_and(|reach| context.leads_here(reach)) => Some(obstacle(
                 "its address and port are this proxy's own",
                 "set inference.port to the port of the inference server",
             )),
@@ -214,8 +218,15 @@ impl Inspected {
         };
         // What is said already need not be said again.
         let is_said = |name: &str| excluded.is_some() && name == labels::ENABLE;
-        let problems =
+        let mut problems: Vec<String> =
             labels.problems.iter().filter(|problem| !is_said(&problem.name)).map(ToString::to_string).collect();
+        if let (Vantage::Elsewhere { .. }, Some(wanted)) = (&context.vantage, wanted) {
+            let name = if labels.spec.network.is_some() { "inference.network" } else { "PROXY_NETWORK" };
+            problems.push(format!(
+                "{name}={wanted:?} has no effect, because the Docker Engine is on another machine, whose published ports \
+                 are the only way from here"
+            ));
+        }
         Some(Endpoint {
             id: self.id.as_str().into(),
             name: self.name.clone(),
@@ -233,16 +244,30 @@ impl Inspected {
             stop_grace: self.stop_grace,
         })
     }
+}
 
-    /// A container in host mode can be given the proxy's own address.
-    fn is_own_port(&self, reach: &Result<network::Reach, Obstacle>, context: &Context) -> bool {
-        let shares_host = matches!(self.wiring.mode, NetworkMode::Host);
-        let proxy_on_host = match &context.vantage {
-            Vantage::Host { .. } => true,
-            Vantage::Container { host_network, .. } => *host_network,
+impl Context {
+    /// Whether one of the targets is this proxy: a port it listens on at one of its own addresses, as a container in its
+    /// network namespace or in the host's may ask for, or a port of the host that is published for it.
+    fn leads_here(&self, reach: &network::Reach) -> bool {
+        let is_own_address = |ip: IpAddr| match &self.vantage {
+            Vantage::Container { attachments, .. } => attachments
+                .iter()
+                .any(|own| own.ipv4.is_some_and(|own| own == ip) || own.ipv6.is_some_and(|own| own == ip)),
+            Vantage::Host { .. } => ip.is_loopback(),
+            Vantage::Elsewhere { .. } => false,
         };
-        let own = |port: u16| context.own_ports.contains(&port);
-        shares_host && proxy_on_host && reach.as_ref().is_ok_and(|r| r.targets.iter().any(|t| own(t.port())))
+        let is_published = |target: &SocketAddr| {
+            self.own_published.iter().any(|own| {
+                let is_there = own.host_ip.is_none_or(|ip| ip.is_unspecified() || ip == target.ip());
+                own.host_port == target.port() && self.own_ports.contains(&own.container_port) && is_there
+            })
+        };
+        let through_host = reach.network.is_none();
+        reach.targets.iter().any(|target| {
+            is_own_address(target.ip()) && self.own_ports.contains(&target.port())
+                || through_host && is_published(target)
+        })
     }
 }
 
@@ -364,7 +389,15 @@ mod tests {
             gw_priority: 0,
         };
         let vantage = Vantage::Container { attachments: vec![own], host_network: false, host_gateway: None };
-        Context { vantage, self_id: Some("self".into()), default_network: None, own_ports: vec![8080], shared: None }
+        Context {
+            vantage,
+            self_id: Some("self".into()),
+            default_network: None,
+            own_ports: vec![8080],
+            own_published: Vec::new(),
+            is_placed: true,
+            shared: None,
+        }
     }
 
     #[test]
@@ -508,6 +541,82 @@ mod tests {
         assert!(host.endpoint(&on_host).unwrap().excluded.unwrap().what.contains("own"));
         let unlabelled = inspected(|json| json["Config"]["Labels"] = serde_json::json!({}));
         assert!(unlabelled.endpoint(&context()).is_none());
+    }
+
+    #[test]
+    fn the_proxy_never_becomes_its_own_backend() {
+        let own_published = |host_ip: Option<&str>| {
+            let host_ip = host_ip.map(|ip| ip.parse().unwrap());
+            vec![Published { container_port: 8080, host_ip, host_port: 9000 }]
+        };
+        let gateway = |context: Context| {
+            let Vantage::Container { attachments, .. } = context.vantage.clone() else { panic!("in a container") };
+            let host_gateway = Some("172.18.0.1".parse().unwrap());
+            Context { vantage: Vantage::Container { attachments, host_network: false, host_gateway }, ..context }
+        };
+        let with_port = |mode: &str, port: u16, published: serde_json::Value| {
+            inspected(|json| {
+                json["HostConfig"]["NetworkMode"] = mode.into();
+                json["Config"]["Labels"]["inference.port"] = port.to_string().into();
+                json["NetworkSettings"]["Ports"] = published;
+                json["NetworkSettings"]["Networks"]["app_default"]["IPAddress"] = "172.18.0.9".into();
+            })
+        };
+        let none = || serde_json::json!({});
+        let on_8000 =
+            |host_ip: &str, port: &str| serde_json::json!({ "8000/tcp": [{ "HostIp": host_ip, "HostPort": port }] });
+        let in_container = |published| gateway(Context { own_published: published, ..context() });
+        for (what, look, context, is_own) in [
+            ("its address, its port", with_port("app_default", 8080, none()), in_container(vec![]), true),
+            ("its address, another port", with_port("app_default", 8000, none()), in_container(vec![]), false),
+            ("its port, by the gateway", with_port("host", 9000, none()), in_container(own_published(None)), true),
+            ("its port on all", with_port("host", 9000, none()), in_container(own_published(Some("0.0.0.0"))), true),
+            (
+                "its port elsewhere",
+                with_port("host", 9000, none()),
+                in_container(own_published(Some("192.0.2.1"))),
+                false,
+            ),
+            ("another port", with_port("host", 9001, none()), in_container(own_published(None)), false),
+            ("not published", with_port("host", 8080, none()), in_container(vec![]), false),
+        ] {
+            let excluded = look.endpoint(&context).unwrap().excluded;
+            assert_eq!(excluded.is_some_and(|why| why.what.contains("own")), is_own, "{what}");
+        }
+        // Another container in the proxy's own network namespace.
+        let proxy = inspected(|json| {
+            json["Id"] = "self".into();
+            json["NetworkSettings"]["Networks"]["app_default"]["IPAddress"] = "172.18.0.9".into();
+        });
+        for (port, is_own) in [(8080, true), (8000, false)] {
+            let mut look = with_port("container:self", port, on_8000("0.0.0.0", "8080"));
+            look.share_network_of(Some(&proxy), None, look.started_nanos);
+            assert_eq!(look.endpoint(&context()).unwrap().excluded.is_some(), is_own, "{port}");
+        }
+    }
+
+    #[test]
+    fn a_network_has_no_effect_where_the_engine_is_elsewhere() {
+        let vantage = Vantage::Elsewhere { engine: vec!["203.0.113.5".parse().unwrap()], on_link: Vec::new() };
+        let elsewhere = Context { vantage, ..context() };
+        let endpoint = inspected(|_| {}).endpoint(&elsewhere).unwrap();
+        assert_eq!(endpoint.reach.unwrap().targets, ["203.0.113.5:32768".parse().unwrap()]);
+        assert!(endpoint.problems.is_empty());
+        let wanted = inspected(|json| json["Config"]["Labels"]["inference.network"] = "front".into());
+        let endpoint = wanted.endpoint(&elsewhere).unwrap();
+        assert!(endpoint.reach.is_ok());
+        assert!(
+            endpoint.problems.concat().contains("inference.network=\"front\" has no effect"),
+            "{:?}",
+            endpoint.problems
+        );
+        let by_default = Context { default_network: Some("front".into()), ..elsewhere };
+        let endpoint = inspected(|_| {}).endpoint(&by_default).unwrap();
+        assert!(
+            endpoint.reach.is_ok() && endpoint.problems.concat().contains("PROXY_NETWORK"),
+            "{:?}",
+            endpoint.problems
+        );
     }
 
     #[test]

@@ -16,6 +16,7 @@
 
 mod event;
 mod inspect;
+mod locate;
 mod place;
 
 use std::{
@@ -44,12 +45,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use self::{
     event::{Kind, Notice, Seen},
     inspect::{Context, Inspected, Shared},
+    locate::locate,
 };
-use super::{
-    Change, Discovery, DiscoveryError, Endpoint, Looks, Phase,
-    network::{NetworkMode, Vantage},
-    signal::is_stop_notice,
-};
+use super::{Change, Discovery, DiscoveryError, Endpoint, Looks, Phase, network::Vantage, signal::is_stop_notice};
 use crate::{
     config::DockerEndpoint,
     telemetry::metrics::{Metrics, PerWord},
@@ -199,6 +197,8 @@ impl Watcher {
             default_network: settings.default_network.clone(),
             own_ports: settings.own_ports.clone(),
             shared: None,
+            own_published: Vec::new(),
+            is_placed: false,
         };
         let began_nanos = (settings.clock)();
         Watcher {
@@ -425,7 +425,7 @@ impl Watcher {
     }
 
     fn start_looks(&mut self) {
-        let Some(engine) = &self.engine else { return };
+        let Some(engine) = self.engine.as_ref().filter(|_| self.context.is_placed) else { return };
         while self.looking < LOOKS_MAX
             && let Some(id) = self.to_look.pop_front()
         {
@@ -466,9 +466,11 @@ impl Watcher {
     fn on_seen(&mut self, id: &str, seen: Inspected) {
         let Some(track) = self.tracks.get_mut(id) else { return };
         let exists = seen.phase != Phase::Stopped;
-        if let Vantage::Host { on_link } = &mut self.context.vantage {
+        if let Vantage::Host { on_link } = &mut self.context.vantage
+            && let Ok(prefixes) = place::on_link_prefixes()
+        {
             // A network that has just been made is a new interface of this host.
-            *on_link = place::on_link_prefixes();
+            *on_link = prefixes;
         }
         let endpoint = seen.endpoint(&self.context);
         track.seen = Some(seen);
@@ -692,50 +694,15 @@ async fn list(engine: Engine, context: Context, now_nanos: i64) -> Finished {
         Ok(Err(error)) => Err(explain("cannot list containers", &engine.host, &error)),
         Ok(Ok(list)) => Ok(list.into_iter().filter_map(|container| container.id).collect()),
     };
-    let context = match &ids {
-        Ok(_) => Some(locate(&engine, context, place::self_id_candidates(), now_nanos).await),
-        Err(_) => None,
+    let ids = match ids {
+        Ok(ids) => locate(&engine, context, place::self_id_candidates(), now_nanos).await.map(|context| (ids, context)),
+        Err(error) => Err(error),
+    };
+    let (ids, context) = match ids {
+        Ok((ids, context)) => (Ok(ids), Some(context)),
+        Err(error) => (Err(error), None),
     };
     Finished::Listed { ids, context }
-}
-
-/// Where the proxy stands: in which of the containers `candidates` and in which networks, or on the host. An engine that
-/// cannot tell now does not move a proxy whose place is known: every address depends on it.
-async fn locate(engine: &Engine, mut context: Context, candidates: Vec<String>, now_nanos: i64) -> Context {
-    let is_known = context.self_id.is_some();
-    let mut own = None;
-    for candidate in candidates {
-        match engine.inspect(&candidate).await {
-            Ok(Some(seen)) => {
-                own = Some(seen);
-                break;
-            }
-            Err(_) if is_known => return context,
-            Ok(None) | Err(_) => {}
-        }
-    }
-    let own_id = own.as_ref().map(|own| own.id.clone());
-    context.vantage = match own {
-        Some(mut own) => {
-            if let Some(owner) = own.network_owner().map(str::to_owned) {
-                let owner = match engine.inspect(&owner).await {
-                    Err(_) if is_known => return context,
-                    owner => owner.ok().flatten(),
-                };
-                own.share_network_of(owner.as_ref(), context.shared.as_ref(), now_nanos);
-                context.shared.clone_from(&own.shared);
-            }
-            if own.wiring.mode == NetworkMode::Host {
-                Vantage::Host { on_link: place::on_link_prefixes() }
-            } else {
-                let host_gateway = place::host_gateway();
-                Vantage::Container { attachments: own.wiring.attachments, host_network: false, host_gateway }
-            }
-        }
-        None => Vantage::Host { on_link: place::on_link_prefixes() },
-    };
-    context.self_id = own_id;
-    context
 }
 
 async fn look(engine: Engine, id: String, heard: u64, shared: Option<Shared>, now_nanos: i64) -> Finished {

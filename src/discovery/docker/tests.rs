@@ -554,23 +554,23 @@ async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
     let endpoint =
         DockerEndpoint { host: Some(format!("unix://{}", engine.path.display())), ..DockerEndpoint::default() };
     let client = Engine::connect(&endpoint).unwrap();
-    let candidates = || vec!["short".to_owned(), "self".to_owned()];
+    let candidates = || Ok(vec!["short".to_owned(), "self".to_owned()]);
     let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new()), mpsc::channel(1).1).context;
     let in_app = |context: &Context| match &context.vantage {
         Vantage::Container { attachments, .. } => attachments.iter().any(|network| network.name == "app"),
-        Vantage::Host { .. } => false,
+        Vantage::Host { .. } | Vantage::Elsewhere { .. } => false,
     };
 
-    let located = locate(&client, unknown.clone(), candidates(), clock()).await;
+    let located = locate(&client, unknown.clone(), candidates(), clock()).await.unwrap();
     assert_eq!(located.self_id.as_deref(), Some("self"));
     assert!(in_app(&located));
 
     engine.change(|script| script.broken = Some(("/containers/self", "garbage")));
-    let later = locate(&client, located.clone(), candidates(), clock()).await;
+    let later = locate(&client, located.clone(), candidates(), clock()).await.unwrap();
     assert!(later.self_id.as_deref() == Some("self") && in_app(&later), "{later:?}");
-    let first = locate(&client, unknown, candidates(), clock()).await;
+    let first = locate(&client, unknown, candidates(), clock()).await.unwrap();
     assert!(first.self_id.is_none() && !in_app(&first), "nothing is made up either");
     // That there is no such container is an answer.
     engine.change(|script| *script = Script::default());
-    assert_eq!(locate(&client, located, candidates(), clock()).await.self_id, None);
+    assert_eq!(locate(&client, located, candidates(), clock()).await.unwrap().self_id, None);
 }
