@@ -74,6 +74,8 @@ const OWN: &[Knob] = &[
     ),
     knob("PROXY_QUEUE_TIMEOUT", "30s", "how long such a request waits; 0: not at all"),
     knob("PROXY_CONNECT_TIMEOUT", "2s", "time limit for connecting to a backend"),
+    knob("PROXY_CLIENT_IDLE_TIMEOUT", "650s", "how long a client's connection may be without a request"),
+    knob("PROXY_CLIENT_WRITE_TIMEOUT", "60s", "how long a client may take nothing of an answer that waits for it"),
     knob("PROXY_FIRST_BYTE_TIMEOUT", "off", "time limit from the request to the first byte of its answer"),
     knob("PROXY_IDLE_TIMEOUT", "off", "longest silence of a backend, before or within its answer"),
     knob("PROXY_MAX_BODY", "1GiB", "larger request bodies get 413"),
@@ -155,6 +157,8 @@ pub struct Config {
     pub queue_max: usize,
     pub queue_timeout: Duration,
     pub connect_timeout: Duration,
+    pub client_idle_timeout: Duration,
+    pub client_write_timeout: Option<Duration>,
     pub first_byte_timeout: Option<Duration>,
     pub idle_timeout: Option<Duration>,
     pub max_body_bytes: u64,
@@ -290,6 +294,12 @@ impl Config {
             connect_timeout: env.required("PROXY_CONNECT_TIMEOUT", "a duration above zero, such as 2s", |v| {
                 parse_duration(v).filter(|d| !d.is_zero())
             })?,
+            client_idle_timeout: env.required(
+                "PROXY_CLIENT_IDLE_TIMEOUT",
+                "a duration above zero, such as 650s",
+                |v| parse_duration(v).filter(|d| !d.is_zero()),
+            )?,
+            client_write_timeout: env.required("PROXY_CLIENT_WRITE_TIMEOUT", DURATION_OR_OFF, parse_duration_or_off)?,
             first_byte_timeout: env.required("PROXY_FIRST_BYTE_TIMEOUT", DURATION_OR_OFF, parse_duration_or_off)?,
             idle_timeout: env.required("PROXY_IDLE_TIMEOUT", DURATION_OR_OFF, parse_duration_or_off)?,
             max_body_bytes: env.required("PROXY_MAX_BODY", SIZE, parse_size)?,
@@ -551,6 +561,8 @@ mod tests {
         assert_eq!(c.models_refresh, Duration::from_secs(30));
         assert_eq!((c.retries, c.connect_timeout), (1, Duration::from_secs(2)));
         assert_eq!((c.first_byte_timeout, c.idle_timeout), (None, None));
+        assert_eq!(c.client_idle_timeout, Duration::from_secs(650));
+        assert_eq!(c.client_write_timeout, Some(Duration::from_secs(60)));
         assert_eq!((c.max_body_bytes, c.hold_max_bytes), (1 << 30, 64 << 20));
         assert_eq!((c.same_model, c.balance), (SameModel::Balance, Balance::Ewma));
         assert!(!c.require_healthcheck && !c.access_log);
@@ -579,6 +591,9 @@ mod tests {
             ("PROXY_LOG", ",", "error, warn"),
             ("PROXY_QUEUE_MAX", "-1", "a number"),
             ("PROXY_MODELS_REFRESH", "0", "at least 1s"),
+            ("PROXY_CLIENT_IDLE_TIMEOUT", "0", "above zero"),
+            ("PROXY_CLIENT_IDLE_TIMEOUT", "off", "above zero"),
+            ("PROXY_CLIENT_WRITE_TIMEOUT", "never", "off, or a duration"),
             ("DOCKER_HOST", "/var/run/docker.sock", "unix:///path"),
         ] {
             let error = config(&[(name, value)]).unwrap_err();

@@ -31,8 +31,8 @@
 //!
 //! HTTP/1.1 is read and written here and not by a library, because the heads and the framing of two messages are all
 //! that a proxy has to understand, and to understand them where they lie takes less time and a sixth of the memory of
-//! turning them into objects and back; `docs/performance.md` has the figures. HTTP/2 is hyper's, at the door: each of its
-//! streams becomes a connection to the same engine.
+//! turning them into objects and back; `docs/performance.md` has the figures. HTTP/2 is the h2
+//! library's, at the door: each of its streams becomes a connection to the same engine.
 //!
 //! # The life of a container
 //!

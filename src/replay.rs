@@ -6,17 +6,20 @@
 //! looked at. What is kept is bounded, for one body and for all; past the bound the body still flows, but what has been
 //! sent is let go, and with it the chance of another attempt.
 
+mod budget;
+
 use std::{
     collections::VecDeque,
     io::IoSlice,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
+    sync::Arc,
+    task::{Context, Poll},
 };
 
+use tokio::time::Instant;
+
+use self::budget::{Budget, Waiter};
 use crate::{
-    http1::body::{BodyDecoder, Framing, push_chunk, push_last_chunk},
+    http1::body::{BodyDecoder, Framing, FramingError, push_chunk, push_last_chunk},
     scan::{ModelScanner, Prompt, ScanError},
 };
 
@@ -35,9 +38,12 @@ pub enum BodyFault {
     /// All bodies together hold as much as they may.
     #[error("too many request bodies held")]
     HoldFull,
+    /// It was held for long without its model, and others needed the room.
+    #[error("held for too long without a model while there was no room for others")]
+    GaveWay,
     /// Its framing is wrong.
     #[error("{0}")]
-    Framing(#[from] crate::http1::body::FramingError),
+    Framing(#[from] FramingError),
 }
 
 /// Bounds for bodies; one for the whole proxy.
@@ -47,13 +53,17 @@ pub struct BodyLimits {
     pub max_body_bytes: u64,
     /// Most bytes of one body held at a time.
     pub hold_max_bytes: usize,
-    held_bytes: AtomicUsize,
+    budget: Budget,
 }
 
 /// All bodies together hold at most this many times what one may.
 const HOLD_BODIES: usize = 8;
-/// What every body may hold without being counted: ordinary requests touch no shared counter.
-const UNCOUNTED_BYTES: usize = 64 * 1024;
+/// Bodies are counted in units of this size, so that one that comes in small pieces touches the shared count seldom.
+const COUNTED_BYTES: usize = 4 * 1024;
+/// What decoding a compressed body takes: a window of 32 KiB, and tables.
+const DECODER_BYTES: usize = 48 * 1024;
+/// Most bytes that are read at a time for a body that has to go on although no room is left.
+const SHORT_READ_BYTES: usize = 4 * 1024;
 /// A stretch of a body is kept in pieces of at least this size, however small the segments are in which it comes.
 const PIECE_BYTES_MIN: usize = 16 * 1024;
 /// How much may wait for a backend that reads more slowly than the client sends, once the model is known.
@@ -62,12 +72,13 @@ pub const AHEAD_BYTES_MAX: usize = 64 * 1024;
 impl BodyLimits {
     /// Bounds as configured.
     pub fn new(max_body_bytes: u64, hold_max_bytes: usize) -> Arc<BodyLimits> {
-        Arc::new(BodyLimits { max_body_bytes, hold_max_bytes, held_bytes: AtomicUsize::new(0) })
+        let budget = Budget::new(hold_max_bytes.saturating_mul(HOLD_BODIES));
+        Arc::new(BodyLimits { max_body_bytes, hold_max_bytes, budget })
     }
 
-    /// Bytes held by all bodies that count.
+    /// Bytes held by all bodies.
     pub fn held_bytes(&self) -> usize {
-        self.held_bytes.load(Relaxed)
+        self.budget.held_bytes()
     }
 }
 
@@ -88,6 +99,8 @@ pub struct Replay {
     limits: Arc<BodyLimits>,
     /// What has been sent is kept for another attempt.
     keeps_sent: bool,
+    /// The time, as far as it was told.
+    now: Option<Instant>,
 }
 
 /// How far an attempt has come with sending a body.
@@ -104,7 +117,11 @@ struct Held {
     bytes: usize,
     /// Bytes that were let go before the first piece.
     gone_bytes: u64,
+    /// Beside the pieces: what the scanner needs.
+    extra_bytes: usize,
     counted_bytes: usize,
+    /// Set while the model has not come; then it keeps the count.
+    waiter: Option<Arc<Waiter>>,
     limits: Arc<BodyLimits>,
 }
 
@@ -119,11 +136,17 @@ impl Replay {
             scanner,
             key_is_optional: false,
             prompt: None,
-            held: Held { pieces: VecDeque::new(), bytes: 0, gone_bytes: 0, counted_bytes: 0, limits: limits.clone() },
+            held: Held::new(limits.clone()),
             seen_bytes: 0,
             limits: limits.clone(),
             keeps_sent: true,
+            now: None,
         }
+    }
+
+    /// The time from which on more is taken in. Others may have to give way to a body that has been told it.
+    pub fn at(&mut self, now: Instant) {
+        self.now = Some(now);
     }
 
     /// Takes in what the client has sent; returns how much of it belonged to the body, of which the framing has been
@@ -145,6 +168,20 @@ impl Replay {
             }
         }
         (at, Ok(()))
+    }
+
+    /// Follows the framing of what nobody will send; returns how much of it belonged to the body.
+    ///
+    /// # Errors
+    /// The framing is broken.
+    pub fn pass_over(&mut self, input: &[u8]) -> Result<usize, FramingError> {
+        let mut at = 0;
+        while at < input.len() && !self.decoder.is_done() {
+            let decoded = self.decoder.decode(&input[at..])?;
+            at += decoded.consumed;
+            self.seen_bytes += decoded.payload.len() as u64;
+        }
+        Ok(at)
     }
 
     /// How much is best taken in at a time, so that a thread that has others to serve is not kept from them.
@@ -180,7 +217,7 @@ impl Replay {
             }
         }
         if self.keeps_sent
-            && let Err(fault) = self.held.make_room(payload.len())
+            && let Err(fault) = self.held.make_room(payload.len(), self.seen_bytes, self.now)
         {
             if !model_is_known && self.model().is_none() {
                 return Err(fault);
@@ -191,13 +228,45 @@ impl Replay {
         if is_over && self.is_chunked {
             self.held.push(|out| push_last_chunk(out, self.decoder.trailers()));
         }
+        if !self.keeps_sent {
+            self.held.recount();
+        }
         Ok(())
     }
 
     /// Has `scanner` look for the routing key in the body, which may do without it if `key_is_optional`.
     pub fn look_for(&mut self, scanner: Option<ModelScanner>, key_is_optional: bool) {
+        self.held.extra_bytes = if scanner.as_ref().is_some_and(ModelScanner::decodes) { DECODER_BYTES } else { 0 };
         self.scanner = scanner;
         self.key_is_optional = key_is_optional;
+    }
+
+    /// The body has to be held until its model comes. From now on it may be told to give way.
+    pub fn awaits_model(&mut self, now: Instant) {
+        let held = &mut self.held;
+        if held.waiter.is_none() {
+            let counted_bytes = std::mem::take(&mut held.counted_bytes);
+            let seen_bytes = usize::try_from(self.seen_bytes).unwrap_or(usize::MAX);
+            held.waiter = Some(held.limits.budget.wait(counted_bytes, seen_bytes, now));
+        }
+    }
+
+    /// The body has been told to give way.
+    pub fn has_given_way(&self) -> bool {
+        self.held.waiter.as_ref().is_some_and(|waiter| waiter.has_given_way())
+    }
+
+    /// Ready once the body has to give way: others need the room that it takes while its model does not come.
+    pub fn poll_gave_way(&self, cx: &Context<'_>) -> Poll<()> {
+        self.held.waiter.as_ref().map_or(Poll::Pending, |waiter| waiter.poll_gave_way(cx))
+    }
+
+    /// The model has come, or is known from elsewhere.
+    pub fn has_model(&mut self) {
+        if self.held.waiter.is_some() {
+            self.held.waits_no_more();
+            self.held.recount();
+        }
     }
 
     /// Whether anything looks for the routing key in the body.
@@ -258,7 +327,8 @@ impl Replay {
         self.keeps_sent = false;
         self.prompt = None;
         self.held.let_go(cursor.sent_bytes);
-        self.held.uncount();
+        self.held.extra_bytes = 0;
+        self.held.recount();
     }
 
     /// What is to be sent next, into `slices`; returns how many of them are filled.
@@ -291,7 +361,19 @@ impl Replay {
         cursor.sent_bytes += n as u64;
         if !self.keeps_sent {
             self.held.let_go(cursor.sent_bytes);
+            self.held.recount();
         }
+    }
+
+    /// Whether more of the body is wanted: the backend keeps up, or there is room for what it does not take yet.
+    pub fn takes_more(&self, cursor: Cursor) -> bool {
+        let unsent_bytes = self.unsent_bytes(cursor);
+        unsent_bytes < AHEAD_BYTES_MAX && (unsent_bytes == 0 || !self.limits.budget.is_used_up())
+    }
+
+    /// How much of it is best read at a time, at most `most`.
+    pub fn read_bytes(&self, most: usize) -> usize {
+        if self.limits.budget.is_used_up() { most.min(SHORT_READ_BYTES) } else { most }
     }
 
     /// All of the body has come and been sent.
@@ -309,22 +391,56 @@ fn encode(out: &mut Vec<u8>, payload: &[u8], is_chunked: bool) {
 // === impl Held ===
 
 impl Held {
-    /// Counts `more` bytes, if there is room for them.
-    fn make_room(&mut self, more: usize) -> Result<(), BodyFault> {
+    fn new(limits: Arc<BodyLimits>) -> Held {
+        let pieces = VecDeque::new();
+        Held { pieces, bytes: 0, gone_bytes: 0, extra_bytes: 0, counted_bytes: 0, waiter: None, limits }
+    }
+
+    /// What so many bytes of the body count for.
+    fn count_of(&self, bytes: usize) -> usize {
+        if bytes == 0 { 0 } else { bytes.saturating_add(self.extra_bytes).next_multiple_of(COUNTED_BYTES) }
+    }
+
+    /// Counts `more` bytes, if there is room for them, or others have to make some at this time. `seen_bytes` have come in
+    /// all.
+    fn make_room(&mut self, more: usize, seen_bytes: u64, now: Option<Instant>) -> Result<(), BodyFault> {
         let bytes = self.bytes + more;
         if bytes > self.limits.hold_max_bytes {
             return Err(BodyFault::HoldTooLarge);
         }
-        let count = bytes.saturating_sub(UNCOUNTED_BYTES + self.counted_bytes);
-        if count > 0 {
-            let all = self.limits.hold_max_bytes.saturating_mul(HOLD_BODIES);
-            if self.limits.held_bytes.fetch_add(count, Relaxed).saturating_add(count) > all {
-                self.limits.held_bytes.fetch_sub(count, Relaxed);
-                return Err(BodyFault::HoldFull);
-            }
-            self.counted_bytes += count;
+        let before = self.waiter.as_ref().map_or(self.counted_bytes, |waiter| waiter.counted_bytes());
+        let count = self.count_of(bytes).saturating_sub(before);
+        if count > 0 && !self.limits.budget.take(count, now) {
+            return Err(BodyFault::HoldFull);
+        }
+        match &self.waiter {
+            None => self.counted_bytes += count,
+            Some(waiter) => waiter.counts_for(count, usize::try_from(seen_bytes).unwrap_or(usize::MAX)),
+        }
+        if self.waiter.as_ref().is_some_and(|waiter| waiter.has_given_way()) {
+            return Err(BodyFault::GaveWay);
         }
         Ok(())
+    }
+
+    /// Counts what is held now, whether there is room for it or not: it is on its way, and goes soon.
+    fn recount(&mut self) {
+        if self.waiter.is_some() {
+            return;
+        }
+        let count = self.count_of(self.bytes);
+        if count > self.counted_bytes {
+            self.limits.budget.add(count - self.counted_bytes);
+        } else if count < self.counted_bytes {
+            self.limits.budget.give(self.counted_bytes - count);
+        }
+        self.counted_bytes = count;
+    }
+
+    fn waits_no_more(&mut self) {
+        if let Some(waiter) = self.waiter.take() {
+            self.counted_bytes = self.limits.budget.waits_no_more(&waiter);
+        }
     }
 
     /// Appends to what is held.
@@ -344,13 +460,6 @@ impl Held {
         }
     }
 
-    fn uncount(&mut self) {
-        let counted = std::mem::take(&mut self.counted_bytes);
-        if counted > 0 {
-            self.limits.held_bytes.fetch_sub(counted, Relaxed);
-        }
-    }
-
     /// Drops pieces that lie wholly before this place in the body.
     fn let_go(&mut self, sent_bytes: u64) {
         while let Some(first) = self.pieces.front() {
@@ -367,7 +476,10 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.uncount();
+        self.waits_no_more();
+        if self.counted_bytes > 0 {
+            self.limits.budget.give(self.counted_bytes);
+        }
     }
 }
 

@@ -381,6 +381,15 @@ impl Default for RequestHead {
 }
 
 impl RequestHead {
+    /// Gives back the memory of a head that was larger than most: the next one may not come for long.
+    pub fn forget_large(&mut self) {
+        const KEPT_BYTES_MAX: usize = 4 * 1024;
+        const KEPT_LINES_MAX: usize = 64;
+        if self.lines.bytes.capacity() > KEPT_BYTES_MAX || self.lines.lines.capacity() > KEPT_LINES_MAX {
+            *self = RequestHead::default();
+        }
+    }
+
     /// Reads a whole head, as [`HeadEnd`] found it, in place of what was here before.
     ///
     /// # Errors

@@ -4,6 +4,8 @@
 //! its own, so a request, its client's connection and its backend's connection never change threads.
 
 mod h2;
+mod loopback;
+mod places;
 
 use std::{
     io,
@@ -26,6 +28,7 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::places::{Place, Places};
 use crate::{
     proxy::{Proxy, client::Closing},
     telemetry::metrics::Metrics,
@@ -38,11 +41,13 @@ const BACKLOG: i32 = 4096;
 const HANDOVER_MAX: usize = 1024;
 /// Pause when no descriptor is left: closing connections will free some.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
-/// How long a connection may stay without a word.
-const SILENCE_MAX: Duration = Duration::from_secs(120);
 /// A client sends its request right after connecting. A connection that is younger than this when the proxy stops is
 /// therefore not closed before its first bytes have had time to come.
 const FIRST_BYTES_GRACE: Duration = Duration::from_secs(1);
+/// How much of an answer the kernel takes in beyond what it has sent. Otherwise it takes megabytes, and a client that reads
+/// slowly looks for minutes like one that does not read at all.
+#[cfg(target_os = "linux")]
+const UNSENT_BYTES_MAX: u32 = 32 * 1024;
 /// A client whose machine is gone says nothing. Asked so often, it is noticed while its answer is still being computed.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// The first bytes of every HTTP/2 connection (RFC 9113, 3.4).
@@ -92,14 +97,22 @@ pub struct Workers {
     finish: Stopper,
     /// End now.
     abort: CancellationToken,
-    connections_max: usize,
+    places: Arc<Places>,
 }
 
 #[derive(Debug)]
 struct Worker {
-    connections: mpsc::Sender<(TcpStream, SocketAddr)>,
+    connections: mpsc::Sender<Arrived>,
     open: Arc<AtomicUsize>,
     thread: JoinHandle<()>,
+}
+
+/// A client's connection on its way to the worker that serves it.
+#[derive(Debug)]
+struct Arrived {
+    stream: TcpStream,
+    peer: SocketAddr,
+    place: Place,
 }
 
 // === impl Workers ===
@@ -111,11 +124,12 @@ impl Workers {
     /// A thread or its runtime cannot be had.
     pub fn start(count: usize, connections_max: usize, proxy: &Arc<Proxy>) -> io::Result<Workers> {
         let (finish, abort) = (Stopper::default(), CancellationToken::new());
+        let places = Places::new(connections_max.saturating_mul(places::CONNECTION));
         let start = |index: usize| {
             let (connections, incoming) = mpsc::channel(HANDOVER_MAX);
             let open = Arc::new(AtomicUsize::new(0));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let work = work(incoming, proxy.clone(), open.clone(), finish.clone());
+            let work = work(incoming, proxy.clone(), open.clone(), places.clone(), finish.clone());
             let abort = abort.clone();
             let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
                 upstream::set_worker(index);
@@ -126,7 +140,7 @@ impl Workers {
             Ok(Worker { connections, open, thread })
         };
         let workers = (0..count.max(1)).map(start).collect::<io::Result<Vec<Worker>>>()?;
-        Ok(Workers { workers, finish, abort, connections_max })
+        Ok(Workers { workers, finish, abort, places })
     }
 
     /// Accepts connections and hands them out until `closing`, and then those that the kernel has accepted already: their
@@ -135,10 +149,18 @@ impl Workers {
     /// # Errors
     /// The listener cannot be waited for.
     pub async fn accept(&self, listener: TcpListener, closing: CancellationToken) -> io::Result<()> {
+        let local = loopback::beside(&listener, BACKLOG).into_iter().map(|listener| (listener, true));
+        let lines = local.chain([(listener, false)]);
+        let accepting = lines.map(|(listener, is_local)| self.accept_from(listener, is_local, &closing));
+        futures::future::try_join_all(accepting).await.map(|_| ())
+    }
+
+    async fn accept_from(&self, listener: TcpListener, is_local: bool, closing: &CancellationToken) -> io::Result<()> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         loop {
             let next = async {
-                self.room().await;
+                // Others wait in the kernel meanwhile.
+                self.places.room(places::CONNECTION, is_local).await;
                 listener.accept().await
             };
             let Some(accepted) = closing.run_until_cancelled(next).await else { break };
@@ -149,7 +171,8 @@ impl Workers {
                     Err(error) => tracing::debug!(%error, "connection lost before it was served"),
                 },
                 Err(error) if is_exhaustion(&error) => {
-                    tracing::error!(%error, "cannot accept connections; raise the limit of open files (ulimit -n)");
+                    let given_up = self.places.give_up_idle(Instant::now());
+                    tracing::error!(%error, given_up, "cannot accept connections; raise the limit of open files (ulimit -n)");
                     sleep(EXHAUSTED_PAUSE).await;
                 }
                 // The client gave up before it was accepted.
@@ -158,7 +181,7 @@ impl Workers {
         }
         let listener = listener.into_std()?;
         for _ in 0..BACKLOG {
-            if self.is_full() {
+            if self.places.is_full(places::CONNECTION, is_local) {
                 break;
             }
             match listener.accept() {
@@ -170,28 +193,13 @@ impl Workers {
         Ok(())
     }
 
-    /// Waits until another connection may be accepted; who comes meanwhile waits in the kernel.
-    async fn room(&self) {
-        if !self.is_full() {
-            return;
-        }
-        let limit = self.connections_max;
-        tracing::warn!(limit, "as many clients are connected as may be; more wait (raise the limit of open files)");
-        while self.is_full() {
-            sleep(EXHAUSTED_PAUSE).await;
-        }
-    }
-
-    fn is_full(&self) -> bool {
-        self.workers.iter().map(|worker| worker.open.load(Relaxed)).sum::<usize>() >= self.connections_max
-    }
-
     async fn hand_over(&self, stream: TcpStream, peer: SocketAddr) {
         let Some(worker) = self.workers.iter().min_by_key(|worker| worker.open.load(Relaxed)) else {
             return;
         };
         worker.open.fetch_add(1, Relaxed);
-        if worker.connections.send((stream, peer)).await.is_err() {
+        let arrived = Arrived { stream, peer, place: self.places.take(places::CONNECTION) };
+        if worker.connections.send(arrived).await.is_err() {
             worker.open.fetch_sub(1, Relaxed);
         }
     }
@@ -225,19 +233,20 @@ fn is_exhaustion(error: &io::Error) -> bool {
 
 /// The life of a worker.
 async fn work(
-    mut incoming: mpsc::Receiver<(TcpStream, SocketAddr)>,
+    mut incoming: mpsc::Receiver<Arrived>,
     proxy: Arc<Proxy>,
     open: Arc<AtomicUsize>,
+    places: Arc<Places>,
     stopper: Stopper,
 ) {
     let connections = TaskTracker::new();
     // Ends once nobody can hand over any more and everything that was handed over is served.
-    while let Some((stream, peer)) = incoming.recv().await {
-        let closed = CloseGuard { open: open.clone(), metrics: proxy.metrics().clone() };
+    while let Some(Arrived { stream, peer, place }) = incoming.recv().await {
+        let closed = CloseGuard { open: open.clone(), metrics: proxy.metrics().clone(), _place: place };
         closed.metrics.clients_accepted.increment();
-        let (proxy, stopper) = (proxy.clone(), stopper.clone());
+        let (proxy, stopper, places) = (proxy.clone(), stopper.clone(), places.clone());
         connections.spawn(async move {
-            serve(stream, peer.ip().to_canonical(), proxy, stopper).await;
+            serve(stream, peer.ip().to_canonical(), proxy, stopper, places).await;
             drop(closed);
         });
     }
@@ -246,26 +255,28 @@ async fn work(
 }
 
 /// Serves one connection.
-async fn serve(stream: TcpStream, client_ip: IpAddr, proxy: Arc<Proxy>, stopper: Stopper) {
+async fn serve(stream: TcpStream, client_ip: IpAddr, proxy: Arc<Proxy>, stopper: Stopper, places: Arc<Places>) {
     let mut stream = match adopt(stream) {
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "connection lost before it was served"),
     };
-    let young_until = Instant::now() + FIRST_BYTES_GRACE;
+    let now = Instant::now();
+    let (seated, young_until) = (places.seat(now), now + FIRST_BYTES_GRACE);
     let told_to_end = async {
         stopper.begun().await;
         sleep_until(young_until).await;
     };
     let first = tokio::select! {
         biased;
-        first = timeout(SILENCE_MAX, first_bytes(&mut stream)) => first.ok().flatten(),
+        first = timeout(proxy.patience().idle, first_bytes(&mut stream)) => first.ok().flatten(),
         () = told_to_end => None,
+        () = std::future::poll_fn(|cx| seated.seat.poll_given_up(cx)) => None,
     };
     let Some(first) = first else { return };
     if first.starts_with(HTTP2_PREFACE) {
-        h2::serve(stream, first, proxy, client_ip, stopper).await;
+        h2::serve(stream, first, proxy, client_ip, stopper, (&seated.seat, &places)).await;
     } else {
-        proxy.serve(stream, first, client_ip, stopper.closing()).await;
+        proxy.serve(stream, first, client_ip, stopper.closing().with_seat(seated.seat.clone())).await;
     }
 }
 
@@ -295,6 +306,7 @@ async fn first_bytes(stream: &mut tokio::net::TcpStream) -> Option<Vec<u8>> {
 struct CloseGuard {
     open: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
+    _place: Place,
 }
 
 impl Drop for CloseGuard {
@@ -308,7 +320,10 @@ fn adopt(stream: TcpStream) -> io::Result<tokio::net::TcpStream> {
     // Events are small writes; waiting to fill a packet would delay each of them.
     stream.set_nodelay(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3);
-    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    let socket = SockRef::from(&stream);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_notsent_lowat(UNSENT_BYTES_MAX)?;
     tokio::net::TcpStream::from_std(stream)
 }
 

@@ -13,13 +13,13 @@ use http::StatusCode;
 use tokio::time::{Instant, sleep};
 
 use super::{
-    client::{BodyWait, Client, Gone, Transport, with_scratch},
+    client::{BodyWait, Client, Gone, READ_BYTES, Transport, with_scratch},
     failure::{Stage, What},
     headers,
 };
 use crate::{
     http1::head::{HeadEnd, Known, RequestHead, ResponseHead, Version},
-    replay::{AHEAD_BYTES_MAX, BodyFault, Cursor, Replay},
+    replay::{BodyFault, Cursor, Replay},
     upstream::Lease,
 };
 
@@ -181,13 +181,13 @@ impl Attempt {
             if replay.is_over() {
                 return Ok(());
             }
-            if self.write_failed || replay.unsent_bytes(self.cursor) >= AHEAD_BYTES_MAX {
+            if self.write_failed || !replay.takes_more(self.cursor) {
                 // Nothing can be done with more of it; but whether its sender is still there matters.
                 client.expect_nothing();
                 return if client.poll_gone(cx).is_ready() { Err(Stop::Gone) } else { Ok(()) };
             }
             if client.unread().is_empty() {
-                match client.poll_body(cx) {
+                match client.poll_body(cx, replay.read_bytes(READ_BYTES)) {
                     Poll::Pending => return Ok(()),
                     Poll::Ready(Err(Gone)) => return Err(Stop::Gone),
                     Poll::Ready(Ok(BodyWait::TooSlow)) => return Err(Stop::TooSlow),
@@ -270,6 +270,11 @@ impl Attempt {
         replay.forget_sent(self.cursor);
     }
 
+    /// The backend takes no more of the request.
+    pub fn is_refused(&self) -> bool {
+        self.write_failed
+    }
+
     /// The whole request has been sent.
     pub fn is_sent(&self, replay: &Replay) -> bool {
         !self.write_failed && self.head_gone == self.head.len() && replay.is_sent(self.cursor)
@@ -287,7 +292,12 @@ pub(super) mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::{http1::body::Framing, proxy::client::Closing, replay::BodyLimits, upstream::Upstream};
+    use crate::{
+        http1::body::Framing,
+        proxy::client::{Closing, Patience},
+        replay::BodyLimits,
+        upstream::Upstream,
+    };
 
     /// A client with the other end of its connection, which takes `room` bytes before they are read, and an attempt with
     /// the backend's end of its own.
@@ -298,7 +308,8 @@ pub(super) mod tests {
         let (backend, _) = listener.accept().await.unwrap();
         let (here, there) = tokio::io::duplex(room);
         let closing = Closing::new(Arc::default(), CancellationToken::new().cancelled_owned());
-        (Client::new(here, Vec::new(), closing), there, Attempt::new(lease, b"head".to_vec()), backend)
+        let patience = Patience { idle: Duration::from_secs(650), write: Some(Duration::from_secs(60)) };
+        (Client::new(here, Vec::new(), patience, closing), there, Attempt::new(lease, b"head".to_vec()), backend)
     }
 
     fn replay() -> Replay {

@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use super::turn::Turn;
+use super::{seat::Seat, turn::Turn};
 use crate::{
     http1::head::{HeadEnd, HeadError, RequestHead},
     replay::{BodyFault, Replay},
@@ -33,21 +33,21 @@ pub const READ_BYTES: usize = 64 * 1024;
 /// Most bytes that are taken in from a client whose turn it is not: of a request sent behind the one being served, or of a
 /// body that its backend does not read yet. Past it the client has to wait, and nobody notices if it leaves.
 pub const AHEAD_BYTES_MAX: usize = 16 * 1024;
-/// Time for idling between requests. Longer than front proxies keep idle connections (Traefik: 90 s), so that it is they
-/// who close: a request sent into a connection that is just being closed is lost.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Time for a request's head, from its first byte.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a body may stand still. However long it takes in all is the client's business.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a head that has begun may take while the proxy shuts down.
 const HEAD_TIMEOUT_AT_SHUTDOWN: Duration = Duration::from_secs(1);
-/// How much is read of what nobody wants, so that the client gets to see the answer instead of a reset.
-const DISCARD_BYTES_MAX: u64 = 8 * 1024 * 1024;
-/// For how long.
-const DISCARD_TIME: Duration = Duration::from_secs(2);
 /// How much is decoded of a compressed body before others have a turn: about half a millisecond.
 const DECODED_BYTES_A_TURN: u64 = 64 * 1024;
+/// How long a client that has its answer may go on sending. What it sends is thrown away, because a reset would reach it
+/// before it has read the answer (RFC 9112, 9.6).
+const LINGER_TIME: Duration = Duration::from_secs(30);
+/// How long such a client may send nothing.
+const LINGER_SILENCE: Duration = Duration::from_secs(5);
+/// The same while the proxy shuts down.
+const LINGER_SILENCE_AT_SHUTDOWN: Duration = Duration::from_secs(1);
 /// Buffers larger than this are given back when they are empty.
 const KEPT_BYTES_MAX: usize = 4 * 1024;
 
@@ -88,10 +88,27 @@ pub struct Client<S> {
     outbox: Vec<u8>,
     gone: usize,
     deadline: Deadline,
+    /// When a client that takes nothing is given up; allocated when one takes nothing for the first time.
+    stall: Option<Deadline>,
+    /// When a client that has its answer may no longer send.
+    lingers_until: Option<Instant>,
+    patience: Patience,
     closing: Closing,
     has_left: bool,
     /// More of a body can be decoded, when others have been served.
     turn: Option<Turn>,
+    /// It took nothing of its answer for too long.
+    has_stalled: bool,
+}
+
+/// How long a connection waits for its client.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For a request: `PROXY_CLIENT_IDLE_TIMEOUT`. Longer than front proxies keep idle connections, so that they close
+    /// first: a request that is sent into a connection while it is being closed is lost.
+    pub idle: Duration,
+    /// For the client to take any of what waits to be sent: `PROXY_CLIENT_WRITE_TIMEOUT`. `None`: for ever.
+    pub write: Option<Duration>,
 }
 
 /// The client has closed its connection, or it broke.
@@ -126,23 +143,29 @@ pub struct Closing {
     /// Wakes the connection's task; until it has been polled for the first time it does not.
     signal: Pin<Box<WaitForCancellationFutureOwned>>,
     is_watched: bool,
+    /// The connection's room may be needed while it is idle.
+    seat: Option<Arc<Seat>>,
 }
 
 // === impl Client ===
 
 impl<S: Transport> Client<S> {
     /// The connection `io`, of which `first` has been read already. `closing` tells when it should come to its end.
-    pub fn new(io: S, first: Vec<u8>, closing: Closing) -> Client<S> {
+    pub fn new(io: S, first: Vec<u8>, patience: Patience, closing: Closing) -> Client<S> {
         Client {
             io,
             inbox: first,
             read: 0,
             outbox: Vec::new(),
             gone: 0,
-            deadline: Deadline { at: None, timer: Box::pin(sleep_until(Instant::now())), is_armed: false },
+            deadline: Deadline::unset(),
+            stall: None,
+            lingers_until: None,
+            patience,
             closing,
             has_left: false,
             turn: None,
+            has_stalled: false,
         }
     }
 
@@ -212,7 +235,13 @@ impl<S: Transport> Client<S> {
         self.turn = None;
         let mut end = HeadEnd::default();
         let mut begun = has_begun(self.unread());
-        self.deadline.at = Some(Instant::now() + if begun { HEAD_TIMEOUT } else { IDLE_TIMEOUT });
+        let now = Instant::now();
+        self.deadline.at = Some(now + if begun { HEAD_TIMEOUT } else { self.patience.idle });
+        if begun {
+            self.closing.is_busy();
+        } else {
+            self.closing.is_idle(now);
+        }
         loop {
             match end.find(self.unread()) {
                 Ok(Some(length)) => {
@@ -234,6 +263,9 @@ impl<S: Transport> Client<S> {
                 } else if closes {
                     return Poll::Ready(Err(Next::End));
                 }
+                if !begun && self.closing.poll_given_up(cx).is_ready() {
+                    return Poll::Ready(Err(Next::End));
+                }
                 match self.deadline.poll(cx) {
                     Poll::Ready(()) => Poll::Ready(Err(if begun && !closes { Next::TooSlow } else { Next::End })),
                     Poll::Pending => Poll::Pending,
@@ -244,22 +276,26 @@ impl<S: Transport> Client<S> {
             }
             if !begun && has_begun(self.unread()) {
                 begun = true;
+                self.closing.is_busy();
                 self.deadline.at = Some(Instant::now() + HEAD_TIMEOUT);
             }
         }
     }
 
-    /// Waits for more of a request's body, having sent all that is to be sent.
+    /// Waits for more of `body`, having sent all that is to be sent, or until it has to give way to others.
     ///
     /// # Errors
     /// The client has left.
-    pub async fn more_body(&mut self) -> Result<BodyWait, Gone> {
+    pub async fn more_body(&mut self, body: &Replay) -> Result<BodyWait, Gone> {
         self.expect_body();
         std::future::poll_fn(|cx| {
+            if body.poll_gave_way(cx).is_ready() {
+                return Poll::Ready(Ok(BodyWait::TooSlow));
+            }
             if let Poll::Ready(Err(gone)) = self.poll_flush(cx) {
                 return Poll::Ready(Err(gone));
             }
-            self.poll_body(cx)
+            self.poll_body(cx, READ_BYTES)
         })
         .await
     }
@@ -269,6 +305,9 @@ impl<S: Transport> Client<S> {
     /// # Errors
     /// The body cannot be passed on.
     pub fn feed(&mut self, body: &mut Replay, model_is_known: bool) -> Result<bool, BodyFault> {
+        if !model_is_known {
+            body.at(Instant::now());
+        }
         self.turn = None;
         let enough = body.decoded_bytes().saturating_add(DECODED_BYTES_A_TURN);
         loop {
@@ -304,12 +343,12 @@ impl<S: Transport> Client<S> {
         self.deadline.at = None;
     }
 
-    /// More of a request's body has come, or it takes too long.
-    pub fn poll_body(&mut self, cx: &mut Context<'_>) -> Poll<Result<BodyWait, Gone>> {
+    /// More of a request's body has come, at most `most` bytes, or it takes too long.
+    pub fn poll_body(&mut self, cx: &mut Context<'_>, most: usize) -> Poll<Result<BodyWait, Gone>> {
         if self.deadline.at.is_none() {
             self.expect_body();
         }
-        match self.poll_fill(cx, READ_BYTES) {
+        match self.poll_fill(cx, most) {
             Poll::Ready(filled) => Poll::Ready(filled.map(|()| BodyWait::More)),
             Poll::Pending => self.deadline.poll(cx).map(|()| Ok(BodyWait::TooSlow)),
         }
@@ -330,18 +369,35 @@ impl<S: Transport> Client<S> {
     /// Sends what waits to be sent.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
         while self.gone < self.outbox.len() {
-            match ready!(Pin::new(&mut self.io).poll_write(cx, &self.outbox[self.gone..])) {
-                Ok(n) if n > 0 => self.gone += n,
-                Ok(_) | Err(_) => {
+            match Pin::new(&mut self.io).poll_write(cx, &self.outbox[self.gone..]) {
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    self.gone += n;
+                    if let Some(stall) = &mut self.stall {
+                        stall.at = None;
+                    }
+                }
+                Poll::Ready(_) => {
                     self.has_left = true;
                     return Poll::Ready(Err(Gone));
                 }
+                Poll::Pending => return self.poll_stalled(cx),
             }
         }
         if self.gone > 0 {
             clear(&mut self.outbox, &mut self.gone);
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// The client takes nothing at the moment: ready once that has lasted for too long.
+    fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Gone>> {
+        let Some(limit) = self.patience.write else { return Poll::Pending };
+        let stall = self.stall.get_or_insert_with(Deadline::unset);
+        stall.at.get_or_insert_with(|| Instant::now() + limit);
+        ready!(stall.poll(cx));
+        tracing::debug!(?limit, "a client took nothing of its answer and is given up (PROXY_CLIENT_WRITE_TIMEOUT)");
+        (self.has_left, self.has_stalled) = (true, true);
+        Poll::Ready(Err(Gone))
     }
 
     /// Sends these bytes behind what waits to be sent; keeps what cannot be sent now.
@@ -391,33 +447,57 @@ impl<S: Transport> Client<S> {
 
     /// Ends the connection in an orderly way: the client gets all that was sent to it, even if it is still sending.
     pub async fn close(mut self) {
-        let closing = async {
-            self.flush().await?;
-            std::future::poll_fn(|cx| Pin::new(&mut self.io).poll_shutdown(cx)).await.map_err(|_| Gone)?;
-            let mut left = DISCARD_BYTES_MAX;
-            loop {
-                let unread = self.unread().len();
-                self.take(unread);
-                left = left.saturating_sub(unread as u64);
-                if left == 0 || self.has_left {
-                    return Ok(());
-                }
-                std::future::poll_fn(|cx| self.poll_fill(cx, READ_BYTES)).await?;
+        // Fails if the client has left or does not read: there is nothing to wait for.
+        let _ = self.linger().await;
+        let by_reset = false;
+        self.abort(by_reset);
+    }
+
+    async fn linger(&mut self) -> Result<(), Gone> {
+        self.flush().await?;
+        std::future::poll_fn(|cx| Pin::new(&mut self.io).poll_shutdown(cx)).await.map_err(|_| Gone)?;
+        loop {
+            self.take(self.unread().len());
+            self.more_unwanted().await?;
+        }
+    }
+
+    /// Waits for more of what nobody wants.
+    ///
+    /// # Errors
+    /// The client has left, is silent, or has been sending for too long since it was first waited for like this.
+    pub async fn more_unwanted(&mut self) -> Result<(), Gone> {
+        if self.has_left {
+            return Err(Gone);
+        }
+        let until = *self.lingers_until.get_or_insert_with(|| Instant::now() + LINGER_TIME);
+        self.deadline.at = Some(until.min(Instant::now() + LINGER_SILENCE));
+        let more = std::future::poll_fn(|cx| {
+            if let filled @ Poll::Ready(_) = self.poll_fill(cx, READ_BYTES) {
+                return filled;
             }
-        };
-        let _: Result<Result<(), Gone>, _> = tokio::time::timeout(DISCARD_TIME, closing).await;
+            if self.closing.poll_begun(cx) {
+                self.deadline.no_later_than(Instant::now() + LINGER_SILENCE_AT_SHUTDOWN);
+            }
+            self.deadline.poll(cx).map(|()| Err(Gone))
+        });
+        let more = more.await;
+        self.deadline.at = None;
+        // A client that always has something to say is never waited for.
+        if Instant::now() < until { more } else { Err(Gone) }
+    }
+
+    /// Nothing that the client sends now belongs to an answered request: the next one has all of its time.
+    pub fn has_caught_up(&mut self) {
+        self.lingers_until = None;
     }
 
     /// Ends the connection at once, and not cleanly if that could be taken for the end of an answer.
     pub fn abort(self, by_reset: bool) {
-        if by_reset {
+        // The kernel would keep what a client does not read for as long as that client wants.
+        if by_reset || self.has_stalled {
             self.io.reset_on_close();
         }
-    }
-
-    /// Bounds for reading what nobody wants.
-    pub fn discard_limits() -> (u64, Duration) {
-        (DISCARD_BYTES_MAX, DISCARD_TIME)
     }
 
     /// Both directions of the connection, for what is no longer HTTP.
@@ -431,7 +511,7 @@ impl<S: Transport> Client<S> {
 pub enum BodyWait {
     /// More has come.
     More,
-    /// It has stood still for too long.
+    /// It has stood still for too long, or was held for too long where others needed the room.
     TooSlow,
 }
 
@@ -448,6 +528,10 @@ fn clear(buffer: &mut Vec<u8>, position: &mut usize) {
 // === impl Deadline ===
 
 impl Deadline {
+    fn unset() -> Deadline {
+        Deadline { at: None, timer: Box::pin(sleep_until(Instant::now())), is_armed: false }
+    }
+
     fn no_later_than(&mut self, at: Instant) {
         if self.at.is_none_or(|before| before > at) {
             self.at = Some(at);
@@ -474,7 +558,28 @@ impl Deadline {
 impl Closing {
     /// `has_begun` is set before `signal` resolves.
     pub fn new(has_begun: Arc<AtomicBool>, signal: WaitForCancellationFutureOwned) -> Closing {
-        Closing { has_begun, signal: Box::pin(signal), is_watched: false }
+        Closing { has_begun, signal: Box::pin(signal), is_watched: false, seat: None }
+    }
+
+    /// The same for a connection that also ends when it is idle and its seat is needed.
+    pub fn with_seat(self, seat: Arc<Seat>) -> Closing {
+        Closing { seat: Some(seat), ..self }
+    }
+
+    fn is_idle(&self, now: Instant) {
+        if let Some(seat) = &self.seat {
+            seat.is_idle(now);
+        }
+    }
+
+    fn is_busy(&self) {
+        if let Some(seat) = &self.seat {
+            seat.is_busy();
+        }
+    }
+
+    fn poll_given_up(&self, cx: &Context<'_>) -> Poll<()> {
+        self.seat.as_ref().map_or(Poll::Pending, |seat| seat.poll_given_up(cx))
     }
 
     /// Whether it has begun; if not, the task is woken when it does. Always to be polled by the same task.
@@ -489,10 +594,14 @@ impl Closing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{http1::body::Framing, replay::BodyLimits};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
     use tokio_util::sync::CancellationToken;
 
     const HEAD: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+    const IDLE_TIMEOUT: Duration = Duration::from_secs(650);
+    const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+    const PATIENCE: Patience = Patience { idle: IDLE_TIMEOUT, write: Some(WRITE_TIMEOUT) };
 
     struct Shutdown(Arc<AtomicBool>, CancellationToken);
 
@@ -508,7 +617,7 @@ mod tests {
         let (here, there) = tokio::io::duplex(64 * 1024);
         let shutdown = Shutdown(Arc::default(), CancellationToken::new());
         let closing = Closing::new(shutdown.0.clone(), shutdown.1.clone().cancelled_owned());
-        (Client::new(here, Vec::new(), closing), there, shutdown)
+        (Client::new(here, Vec::new(), PATIENCE, closing), there, shutdown)
     }
 
     #[tokio::test(start_paused = true)]
@@ -582,15 +691,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_body_may_take_for_ever_but_not_stand_still() {
         let (mut client, mut peer, _shutdown) = connected();
+        let body = Replay::new(Framing::Chunked, None, &BodyLimits::new(u64::MAX, usize::MAX));
         for _ in 0..100 {
-            tokio::join!(async { assert_eq!(client.more_body().await, Ok(BodyWait::More)) }, async {
+            tokio::join!(async { assert_eq!(client.more_body(&body).await, Ok(BodyWait::More)) }, async {
                 tokio::time::sleep(BODY_TIMEOUT - Duration::from_secs(1)).await;
                 peer.write_all(b"x").await.unwrap();
             });
         }
         assert_eq!(client.unread().len(), 100);
         let since = Instant::now();
-        assert_eq!(client.more_body().await, Ok(BodyWait::TooSlow));
+        assert_eq!(client.more_body(&body).await, Ok(BodyWait::TooSlow));
         assert!(
             (BODY_TIMEOUT..BODY_TIMEOUT + Duration::from_secs(1)).contains(&since.elapsed()),
             "{:?}",
@@ -608,7 +718,7 @@ mod tests {
             while !client.deadline.is_armed && has_budget_remaining() {
                 let _ = std::pin::pin!(consume_budget()).poll(cx);
             }
-            client.poll_body(cx)
+            client.poll_body(cx, READ_BYTES)
         });
         let since = Instant::now();
         assert_eq!(tokio::time::timeout(BODY_TIMEOUT * 2, waiting).await, Ok(Ok(BodyWait::TooSlow)));
@@ -644,6 +754,94 @@ mod tests {
             client.take(AHEAD_BYTES_MAX);
         }
         assert_eq!(client.unless_gone(std::future::pending::<()>()).await, Err(Gone));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_of_its_answer_is_given_up() {
+        let (mut client, peer, _shutdown) = connected();
+        let since = Instant::now();
+        client.outbox().extend_from_slice(&[b'x'; 100 * 1024]);
+        assert_eq!(tokio::time::timeout(WRITE_TIMEOUT * 2, client.flush()).await, Ok(Err(Gone)));
+        let waited = since.elapsed();
+        assert!((WRITE_TIMEOUT..WRITE_TIMEOUT + Duration::from_secs(1)).contains(&waited), "{waited:?}");
+        drop(peer);
+        let (mut client, _peer, _shutdown) = connected();
+        client.patience.write = None;
+        client.outbox().extend_from_slice(&[b'x'; 100 * 1024]);
+        assert!(tokio::time::timeout(WRITE_TIMEOUT * 100, client.flush()).await.is_err(), "the limit is off");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_reads_slowly_is_not_given_up() {
+        let (mut client, mut peer, _shutdown) = connected();
+        let since = Instant::now();
+        client.outbox().extend_from_slice(&[b'x'; 100 * 1024]);
+        let (flushed, ()) = tokio::join!(client.flush(), async {
+            for _ in 0..36 {
+                tokio::time::sleep(WRITE_TIMEOUT - Duration::from_secs(1)).await;
+                peer.read_exact(&mut [0; 1024]).await.unwrap();
+            }
+        });
+        assert_eq!(flushed, Ok(()));
+        assert!(since.elapsed() > WRITE_TIMEOUT * 30, "{:?}: it was slow", since.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_in_which_nothing_waits_for_the_client_does_not_count() {
+        let (mut client, mut peer, _shutdown) = connected();
+        for _ in 0..3 {
+            client.outbox().extend_from_slice(&[b'x'; 100 * 1024]);
+            let (flushed, ()) = tokio::join!(client.flush(), async {
+                tokio::time::sleep(WRITE_TIMEOUT - Duration::from_secs(1)).await;
+                peer.read_exact(&mut [0; 100 * 1024]).await.unwrap();
+            });
+            assert_eq!(flushed, Ok(()));
+            // The backend sends nothing for long.
+            tokio::time::sleep(WRITE_TIMEOUT * 10).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_still_sent_after_an_answer_is_read_within_bounds_of_time_and_not_of_bytes() {
+        const MIB: usize = 1024 * 1024;
+        let second = Duration::from_secs(1);
+        for (gap, shuts_down, ends_after) in [
+            (second * 4, false, LINGER_TIME),
+            (second / 100, false, LINGER_TIME),
+            (second * 6, false, LINGER_SILENCE),
+            (second * 4, true, LINGER_SILENCE_AT_SHUTDOWN),
+            (second / 2, true, LINGER_TIME),
+        ] {
+            let (mut client, peer, shutdown) = connected();
+            let (mut reading, mut writing) = tokio::io::split(peer);
+            client.outbox().extend_from_slice(b"answer");
+            if shuts_down {
+                shutdown.begin();
+            }
+            let since = Instant::now();
+            let sending = async {
+                let mut sent = 0;
+                while writing.write_all(&[b'x'; MIB]).await.is_ok() {
+                    sent += MIB;
+                    tokio::time::sleep(gap).await;
+                }
+                sent
+            };
+            let mut answer = Vec::new();
+            let (ended_at, sent, read) = tokio::join!(
+                async {
+                    client.close().await;
+                    Instant::now()
+                },
+                sending,
+                reading.read_to_end(&mut answer)
+            );
+            let lasted = ended_at - since;
+            let what = format!("{gap:?} between, shutdown {shuts_down}: {lasted:?}, {sent} bytes");
+            assert!((ends_after..ends_after + second).contains(&lasted), "{what}");
+            assert!(read.is_ok() && answer == b"answer", "{what}");
+            assert!(gap > second || sent >= 20 * MIB, "{what}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

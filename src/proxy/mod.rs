@@ -24,6 +24,7 @@ pub mod makers;
 pub mod paths;
 pub mod relay;
 mod respond;
+pub mod seat;
 mod send;
 mod status;
 pub mod trace;
@@ -43,7 +44,7 @@ use tokio::time::{Instant, timeout};
 use self::{
     attempt::Attempt,
     claim::Queue,
-    client::{BodyWait, Client, Closing, Gone, Next, Transport},
+    client::{BodyWait, Client, Closing, Gone, Next, Patience, Transport},
     cors::{Cors, CrossOrigin, is_preflight},
     exchange::{Ending, Exchange, Learner, RequestId},
     headers::{Common, Delivery, Persistence, ToClient},
@@ -72,12 +73,16 @@ use crate::{
 /// How long the error event of a broken stream may take to reach its client.
 const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
 
+/// What came too late of a body that others have to wait for.
+const GAVE_WAY: &str = "the `model` of a body that took up room which others needed (put `model` first in the body)";
+
 /// What the data plane needs to serve requests; shared by all workers.
 #[derive(Debug)]
 pub struct Proxy {
     table: TableReader,
     metrics: Arc<Metrics>,
     limits: Arc<BodyLimits>,
+    patience: Patience,
     admin: Admin,
     balance: Balance,
     queue: Queue,
@@ -160,6 +165,7 @@ impl Proxy {
             table,
             metrics,
             limits: BodyLimits::new(config.max_body_bytes, config.hold_max_bytes),
+            patience: Patience { idle: config.client_idle_timeout, write: config.client_write_timeout },
             admin,
             balance: config.balance,
             queue: Queue::new(config),
@@ -177,7 +183,7 @@ impl Proxy {
 
     /// Serves a connection of a client at `client_ip`, of which `first` has been read already, to its end.
     pub async fn serve<S: Transport>(&self, io: S, first: Vec<u8>, client_ip: IpAddr, closing: Closing) {
-        let mut client = Client::new(io, first, closing);
+        let mut client = Client::new(io, first, self.patience, closing);
         let mut head = RequestHead::default();
         loop {
             match client.next(&mut head).await {
@@ -198,7 +204,7 @@ impl Proxy {
                 }
             }
             match self.exchange(&mut client, &head, client_ip).await {
-                After::KeepAlive => {}
+                After::KeepAlive => head.forget_large(),
                 After::Close => return client.close().await,
                 After::Abort { by_reset } => return client.abort(by_reset),
             }
@@ -269,6 +275,11 @@ impl Proxy {
     /// Whether this page of the proxy's own is on this port.
     fn shows(&self, page: Page) -> bool {
         page.is_for_everybody() || !self.admin_elsewhere
+    }
+
+    /// How long connections wait for their clients.
+    pub fn patience(&self) -> Patience {
+        self.patience
     }
 
     /// Where connections are counted.
@@ -421,6 +432,9 @@ impl Proxy {
                 true => replay.model().is_some(),
                 false => true,
             };
+            if is_known {
+                replay.has_model();
+            }
             if replay.is_over() || is_known && !self.waits_for_prompt(replay) {
                 client.expect_nothing();
                 break;
@@ -429,10 +443,14 @@ impl Proxy {
                 std::future::poll_fn(|cx| client.poll_turn(cx)).await;
             } else {
                 let began = Instant::now();
-                let came = client.more_body().await?;
+                if !is_known {
+                    replay.awaits_model(began);
+                }
+                let came = client.more_body(replay).await?;
                 exchange.has_waited(began.elapsed());
                 if came == BodyWait::TooSlow {
-                    return Err(ProxyError::RequestTimeout { what: "the body of the request" }.into());
+                    let what = if replay.has_given_way() { GAVE_WAY } else { "the body of the request" };
+                    return Err(ProxyError::RequestTimeout { what }.into());
                 }
             }
         }
@@ -502,7 +520,7 @@ impl Proxy {
         drop(head);
         let mut relay = Relay::new(framing, delivery, self.idle_timeout);
         let relayed = match upgraded {
-            true => tunnel::run(client, &mut attempt, &mut exchange).await,
+            true => tunnel::run(client, &mut attempt, &mut exchange, self.idle_timeout).await,
             false => relay.run(client, &mut attempt, &mut replay, &mut exchange).await,
         };
         exchange.request_bytes = Some(replay.seen_bytes());
@@ -542,6 +560,8 @@ impl Proxy {
                 self.metrics.cuts.increment(why.as_str());
                 drop(attempt);
                 if let Some(mut in_flight) = exchange.no_longer_served()
+                    // Both sides of a tunnel may have nothing to say.
+                    && !upgraded
                     && matches!(why, Cut::Ended | Cut::Framing(_) | Cut::Silent(_))
                 {
                     in_flight.failed(Trouble::BrokeOff, Instant::now());
@@ -583,6 +603,7 @@ impl Proxy {
                 limit_bytes: self.limits.hold_max_bytes as u64,
                 knob: "PROXY_HOLD_MAX; put `model` first in the body",
             },
+            BodyFault::GaveWay => ProxyError::RequestTimeout { what: GAVE_WAY },
             BodyFault::HoldFull => {
                 let what = "too many request bodies are being held".to_owned();
                 ProxyError::Overloaded { what, retry_after: None }
@@ -641,3 +662,6 @@ fn bounded(model: &str) -> String {
         Some((end, _)) => format!("{}…", &model[..end]),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::{
     attempt::{ANSWER_READ_BYTES, Attempt, Stop},
-    client::{Client, Gone, Transport, with_scratch},
+    client::{Client, Gone, READ_BYTES, Transport, with_scratch},
     headers::Delivery,
 };
 use crate::{
@@ -40,12 +40,14 @@ pub struct Relay {
     /// The backend sent more than its answer.
     has_surplus: bool,
     silence: Option<Silence>,
+    /// The client has not taken what there is.
+    is_held_up: bool,
 }
 
 /// Watches for silence, where that is asked for.
 #[derive(Debug)]
-struct Silence {
-    limit: Duration,
+pub(super) struct Silence {
+    pub(super) limit: Duration,
     timer: Pin<Box<Sleep>>,
 }
 
@@ -93,6 +95,21 @@ impl Cut {
     }
 }
 
+impl Silence {
+    pub(super) fn new(limit: Duration) -> Silence {
+        Silence { limit, timer: Box::pin(sleep(limit)) }
+    }
+
+    /// It begins anew.
+    pub(super) fn is_broken(&mut self) {
+        self.timer.as_mut().reset(Instant::now() + self.limit);
+    }
+
+    pub(super) fn poll_too_long(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.timer.as_mut().poll(cx)
+    }
+}
+
 impl Relay {
     /// A relay for a body with this framing, for a client that is told of it by `delivery`.
     pub fn new(framing: Framing, delivery: Delivery, idle_timeout: Option<Duration>) -> Relay {
@@ -101,7 +118,8 @@ impl Relay {
             is_chunked: framing == Framing::Chunked,
             delivery,
             has_surplus: false,
-            silence: idle_timeout.map(|limit| Silence { limit, timer: Box::pin(sleep(limit)) }),
+            silence: idle_timeout.map(Silence::new),
+            is_held_up: false,
         }
     }
 
@@ -156,7 +174,16 @@ impl Relay {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(Gone)) => return Poll::Ready(Relayed::Gone),
                 // Nothing more is read from the backend until the client has taken what there is.
-                Poll::Pending => return poll_client(cx, client, attempt, replay),
+                Poll::Pending => {
+                    self.is_held_up = true;
+                    return poll_client(cx, client, attempt, replay);
+                }
+            }
+            // Its silence counts from when it was listened to again.
+            if std::mem::take(&mut self.is_held_up)
+                && let Some(silence) = &mut self.silence
+            {
+                silence.is_broken();
             }
             match self.poll_backend(cx, client, attempt, is_sent, watch) {
                 Poll::Ready(Ok(())) => {}
@@ -166,7 +193,7 @@ impl Relay {
                         return Poll::Ready(ended);
                     }
                     let Some(silence) = &mut self.silence else { return Poll::Pending };
-                    ready!(silence.timer.as_mut().poll(cx));
+                    ready!(silence.poll_too_long(cx));
                     return Poll::Ready(Relayed::Cut(Cut::Silent(silence.limit)));
                 }
             }
@@ -186,7 +213,7 @@ impl Relay {
             Poll::Ready(match ready!(attempt.lease.poll_read(cx, &mut scratch[..ANSWER_READ_BYTES])) {
                 Ok(n) if n > 0 => {
                     if let Some(silence) = &mut self.silence {
-                        silence.timer.as_mut().reset(Instant::now() + silence.limit);
+                        silence.is_broken();
                     }
                     self.pass(cx, client, &scratch[..n], is_sent, watch)
                 }
@@ -276,6 +303,9 @@ fn poll_client<S: Transport>(
     attempt: &mut Attempt,
     replay: &mut Replay,
 ) -> Poll<Relayed> {
+    if attempt.is_refused() && !replay.is_over() {
+        return poll_unwanted(cx, client, replay);
+    }
     if !replay.is_over() || !attempt.is_sent(replay) {
         match attempt.poll_upload(cx, client, replay) {
             Ok(()) => {}
@@ -287,6 +317,23 @@ fn poll_client<S: Transport>(
         true => client.poll_gone(cx).map(|Gone| Relayed::Gone),
         false => Poll::Pending,
     }
+}
+
+/// Throws away what the backend, which has answered, does not take: some clients read only when they have sent everything.
+fn poll_unwanted<S: Transport>(cx: &mut Context<'_>, client: &mut Client<S>, replay: &mut Replay) -> Poll<Relayed> {
+    while !replay.is_over() {
+        match replay.pass_over(client.unread()) {
+            Ok(taken) => client.take(taken),
+            Err(_) => return Poll::Ready(Relayed::Cut(Cut::Request)),
+        }
+        if !replay.is_over() {
+            match ready!(client.poll_fill(cx, READ_BYTES)) {
+                Ok(()) => {}
+                Err(Gone) => return Poll::Ready(Relayed::Gone),
+            }
+        }
+    }
+    client.poll_gone(cx).map(|Gone| Relayed::Gone)
 }
 
 #[cfg(test)]

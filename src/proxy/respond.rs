@@ -4,7 +4,6 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, header};
-use tokio::time::timeout;
 
 use super::{
     After, Asked,
@@ -18,6 +17,10 @@ use crate::{
     http1::body::BodyDecoder,
 };
 
+/// Most bytes of a body that are read after the answer to keep the connection. Past it the connection is told to end, and
+/// only read for as long as the client goes on sending.
+const REST_BYTES_MAX: u64 = 8 * 1024 * 1024;
+
 /// Sends an answer of the proxy's own, then reads what is left of the request's body.
 pub(super) async fn respond<S: Transport>(
     client: &mut Client<S>,
@@ -28,7 +31,7 @@ pub(super) async fn respond<S: Transport>(
     // A client that waits for 100 has sent nothing, and may never.
     let never_asked_for = asked.head.expects_continue() && !body.is_done() && client.unread().is_empty();
     let mut connection = asked.persistence(false);
-    if never_asked_for || !can_discard::<S>(&body) {
+    if never_asked_for || !is_worth_reading(&body) {
         connection = Persistence::Close;
     }
     push_own(client, response, asked.head.method == Method::HEAD, &asked.common(connection));
@@ -62,39 +65,24 @@ fn push_own<S: Transport>(client: &mut Client<S>, response: &Response<Bytes>, is
     }
 }
 
-/// What stands behind the body can be come by.
-fn can_discard<S: Transport>(body: &BodyDecoder) -> bool {
-    let (bytes_max, _) = Client::<S>::discard_limits();
-    !body.is_broken() && body.left().is_none_or(|left| left <= bytes_max)
+/// The rest of the body is small enough to be read for the sake of the connection. A client that is told of the end of its
+/// connection may spare itself the rest.
+fn is_worth_reading(body: &BodyDecoder) -> bool {
+    !body.is_broken() && body.left().is_none_or(|left| left <= REST_BYTES_MAX)
 }
 
-/// Reads what is left of a body that nobody wants, within bounds: what stands behind it is the next request.
+/// Reads what is left of a body that nobody wants: what stands behind it is the next request.
 pub(super) async fn discard<S: Transport>(client: &mut Client<S>, mut body: BodyDecoder) -> After {
-    if body.is_done() {
-        return After::KeepAlive;
-    }
-    if !can_discard::<S>(&body) {
-        return After::Close;
-    }
-    let (bytes_max, time) = Client::<S>::discard_limits();
-    let reading = async {
-        let mut left = bytes_max;
-        loop {
-            let unread = client.unread();
-            let Ok(decoded) = body.decode(unread) else { return After::Close };
-            let consumed = decoded.consumed;
-            client.take(consumed);
-            if body.is_done() {
-                return After::KeepAlive;
-            }
-            let Some(rest) = left.checked_sub(consumed as u64) else { return After::Close };
-            left = rest;
-            if client.unread().is_empty() && client.more_body().await.is_err() {
-                return After::Abort { by_reset: false };
-            }
+    while !body.is_done() {
+        let Ok(decoded) = body.decode(client.unread()) else { return After::Close };
+        let consumed = decoded.consumed;
+        client.take(consumed);
+        if !body.is_done() && client.unread().is_empty() && client.more_unwanted().await.is_err() {
+            return After::Close;
         }
-    };
-    timeout(time, reading).await.unwrap_or(After::Close)
+    }
+    client.has_caught_up();
+    After::KeepAlive
 }
 
 /// An answer that tells of models, in the shape that its client asked for.

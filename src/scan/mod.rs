@@ -201,6 +201,11 @@ impl ModelScanner {
         }
     }
 
+    /// The body is compressed, and decoding it takes memory of its own.
+    pub fn decodes(&self) -> bool {
+        matches!(self.format, Format::Gzip(_))
+    }
+
     /// Reads the next chunk. Chunks may be cut anywhere; how they are cut changes no result.
     ///
     /// # Errors

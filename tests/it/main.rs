@@ -19,6 +19,7 @@ mod architecture;
 mod balancing;
 mod body;
 mod breaker;
+mod clients;
 mod commands;
 mod documentation;
 mod drain;

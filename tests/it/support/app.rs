@@ -330,25 +330,34 @@ fn sum_of_series(page: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64>
 const CHILD_BACKENDS: &str = "IT_PROXY_BACKENDS";
 const CHILD_KNOBS: &str = "IT_PROXY_KNOBS";
 const CHILD_LOGS: &str = "IT_PROXY_LOGS";
+const CHILD_FILES: &str = "IT_PROXY_FILES";
 const CHILD_SAYS: &str = "proxy listens on ";
 
 impl ProxyProcess {
     /// Starts this very test binary again, with nothing to do but `proxy_process` below.
     pub(crate) async fn start(knobs: &[(&str, &str)], upstreams: &[&Upstream]) -> Self {
-        Self::spawn(knobs, upstreams, None).await
+        Self::spawn(knobs, upstreams, None, None).await
+    }
+
+    /// The same, in a process that may have so many files open.
+    pub(crate) async fn start_with_files(files: u64, knobs: &[(&str, &str)], upstreams: &[&Upstream]) -> Self {
+        Self::spawn(knobs, upstreams, None, Some(files)).await
     }
 
     /// The same, with everything there is to log in this file.
     pub(crate) async fn start_logged(knobs: &[(&str, &str)], upstreams: &[&Upstream], log: &Path) -> Self {
-        Self::spawn(knobs, upstreams, Some(log)).await
+        Self::spawn(knobs, upstreams, Some(log), None).await
     }
 
-    async fn spawn(knobs: &[(&str, &str)], upstreams: &[&Upstream], log: Option<&Path>) -> Self {
+    async fn spawn(knobs: &[(&str, &str)], upstreams: &[&Upstream], log: Option<&Path>, files: Option<u64>) -> Self {
         let backends: Vec<String> = upstreams.iter().map(|one| format!("{}={}", one.name, one.addr)).collect();
         let knobs: Vec<String> = knobs.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let mut command = Command::new(env::current_exe().unwrap());
         if let Some(log) = log {
             command.env(CHILD_LOGS, "1").stderr(std::fs::File::create(log).unwrap());
+        }
+        if let Some(files) = files {
+            command.env(CHILD_FILES, files.to_string());
         }
         let mut child = command
             .args(["support::app::proxy_process", "--exact", "--ignored", "--nocapture"])
@@ -430,6 +439,11 @@ async fn proxy_process() {
     let knobs: Vec<(&str, &str)> = knobs.split(',').filter_map(|knob| knob.split_once('=')).collect();
     if env::var(CHILD_LOGS).is_ok() {
         inference_proxy::telemetry::log::init("trace", None).unwrap();
+    }
+    if let Ok(files) = env::var(CHILD_FILES) {
+        use rustix::process::{Resource, Rlimit, setrlimit};
+        let files = files.parse().ok();
+        setrlimit(Resource::Nofile, Rlimit { current: files, maximum: files }).unwrap();
     }
     let app = TestApp::start_with(&knobs).await;
     for backend in backends.split(',') {
