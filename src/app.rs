@@ -34,6 +34,7 @@ use crate::{
         metrics::Metrics,
         otlp::{Otlp, OtlpError, OtlpReport},
     },
+    vital::{self, Ended, Ends},
 };
 
 /// Questions to the registry on their way.
@@ -62,6 +63,8 @@ pub struct App {
     settle: Duration,
     drain_timeout: Duration,
     otlp: Option<Otlp>,
+    /// Of tasks that must not end.
+    ends: Ends,
 }
 
 /// Why the proxy did not start.
@@ -115,12 +118,13 @@ impl App {
         let (ready, stopping) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let tasks = TaskTracker::new();
+        let (vital, ends) = vital::watch();
 
         let source = discovery.name();
         let registry =
             Registry::new(config.clone(), count, source, publisher, metrics.clone(), ready.clone(), tasks.clone());
         discovery.count_in(&metrics);
-        tasks.spawn(registry.run(discovery, asked));
+        tasks.spawn(vital.clone().task("registry", registry.run(discovery, asked)));
 
         let watched = CancellationToken::new();
         let admin = Admin {
@@ -133,25 +137,29 @@ impl App {
         let (accepting, admin_accepting) = (CancellationToken::new(), CancellationToken::new());
         if let Some(listener) = admin_listener {
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            tasks.spawn(admin_accepting.clone().run_until_cancelled_owned(serve_admin(
-                listener,
-                admin.clone(),
-                tasks.clone(),
-            )));
+            let serving = serve_admin(listener, admin.clone(), tasks.clone());
+            let serving = returned(admin_accepting.clone().run_until_cancelled_owned(serving));
+            tasks.spawn(vital.clone().task("admin", serving));
         }
         if config.balance != Balance::RoundRobin {
             let scraping = scrape::run(reader.clone(), config.connect_timeout);
-            tasks.spawn(accepting.clone().run_until_cancelled_owned(scraping));
+            let scraping = returned(accepting.clone().run_until_cancelled_owned(scraping));
+            tasks.spawn(vital.clone().task("scrape", scraping));
         }
         let proxy = Arc::new(Proxy::new(&config, reader, metrics, admin));
         let connections_max = listen::connections_max();
-        let workers = Arc::new(Workers::start(count, connections_max, &proxy)?);
+        let workers = Arc::new(Workers::start(count, connections_max, &proxy, &vital)?);
         let accept = {
             let workers = workers.clone();
             let closing = accepting.clone();
-            async move { workers.accept(listener, closing).await }
+            async move {
+                match workers.accept(listener, closing).await {
+                    Ok(()) => RETURNED.to_owned(),
+                    Err(error) => error.to_string(),
+                }
+            }
         };
-        tasks.spawn(accept);
+        tasks.spawn(vital.task("accept", accept));
         tracing::info!(address = %data_addr, admin = admin_addr.map(|addr| addr.to_string()), workers = count, connections_max, discovery = source, "listening");
         Ok(App {
             data_addr,
@@ -165,6 +173,7 @@ impl App {
             settle: config.settle,
             drain_timeout: config.drain_timeout,
             otlp,
+            ends,
         })
     }
 
@@ -183,10 +192,23 @@ impl App {
         self.ready.load(Ordering::Acquire)
     }
 
+    /// Waits until a task has ended without which the proxy cannot do its work; then the process must end, too. May be
+    /// dropped and begun again.
+    pub async fn failed(&mut self) -> Ended {
+        self.ends.next().await
+    }
+
+    /// As [`App::shutdown`], for a proxy that has failed: nothing more is accepted.
+    pub async fn give_up(mut self) {
+        self.settle = Duration::ZERO;
+        self.shutdown().await;
+    }
+
     /// Stops: `/readyz` says 503 at once; connections are accepted for the settle time; after that, requests under way
     /// finish within the drain timeout, and the admin port is open as long. Returns whether all of them did.
     pub async fn shutdown(mut self) -> bool {
         self.stopping.store(true, Ordering::Release);
+        self.ends.expect_all();
         self.watched.cancel();
         tracing::info!(settle = ?self.settle, drain_timeout = ?self.drain_timeout, "shutting down");
         sleep(self.settle).await;
@@ -214,6 +236,14 @@ impl App {
         }
         finished
     }
+}
+
+const RETURNED: &str = "it returned";
+
+/// Why a task has ended that explains nothing itself.
+async fn returned<T>(task: impl Future<Output = T>) -> String {
+    task.await;
+    RETURNED.to_owned()
 }
 
 /// The instruments, and what sends them if anything does.

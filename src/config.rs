@@ -339,8 +339,9 @@ impl LogFormat {
     }
 }
 
-const DURATION: &str = "a duration such as 500ms, 60s or 2m (a bare number is seconds)";
-const DURATION_OR_OFF: &str = "off, or a duration such as 500ms, 60s or 2m (a bare number is seconds)";
+const DURATION: &str = "a duration such as 500ms, 60s or 2m, ten years at most (a bare number is seconds)";
+const DURATION_OR_OFF: &str =
+    "off, or a duration such as 500ms, 60s or 2m, ten years at most (a bare number is seconds)";
 const SIZE: &str = "a size such as 64KiB, 10MB or 1GiB (a bare number is bytes)";
 const LOG_FILTER: &str =
     "off, error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug";

@@ -54,6 +54,7 @@
 //! * An answer that was broken off never ends cleanly for its client.
 //! * Nothing is sent to a second backend once a byte of an answer has come.
 //! * Losing sight of the engine changes no route: what is known stays until something is known to be otherwise.
+//! * A task without which the table or a port would stand still ends the process when it ends ([`vital`]).
 //! * Every queue, buffer and wait has a bound, and the request path takes no contended lock.
 //! * Nobody waits for whoever reads the log: lines that are not taken are dropped and counted.
 //! * Keys, prompts and container environments are in no log, metric, status or error.
@@ -80,7 +81,7 @@
 //! telemetry
 //! scan, labels, http1, latency
 //! config, error
-//! foreign
+//! foreign, vital
 //! ```
 //!
 //! Where later parts go: another orchestrator is another [`discovery::Discovery`]; what a policy must know of a backend's
@@ -92,6 +93,7 @@ pub mod commands;
 pub mod config;
 pub mod error;
 pub mod foreign;
+pub mod vital;
 
 pub mod app;
 

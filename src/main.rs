@@ -2,6 +2,7 @@
 
 use std::{io::IsTerminal as _, process::ExitCode};
 
+use futures::FutureExt as _;
 use inference_proxy::{
     app::App,
     cli::{self, Call},
@@ -97,13 +98,23 @@ async fn serve(config: Config) -> ExitCode {
     };
     let own_ports = std::iter::once(config.port).chain(config.admin_port).collect();
     let discovery = DockerDiscovery::new(config.docker.clone(), config.network.clone(), own_ports);
-    let app = match App::start(config, Box::new(discovery)).await {
+    let mut app = match App::start(config, Box::new(discovery)).await {
         Ok(app) => app,
         Err(error) => return told(Err(error.to_string())),
     };
-    told_to_stop(&mut terminate, &mut interrupt).await;
+    let ended = tokio::select! {
+        () = told_to_stop(&mut terminate, &mut interrupt) => None,
+        ended = app.failed() => Some(ended),
+    };
+    let (shutdown, code) = match ended {
+        None => (app.shutdown().map(drop).boxed(), ExitCode::SUCCESS),
+        Some(ended) => {
+            tracing::error!(task = ended.task, "{ended}");
+            (app.give_up().boxed(), ExitCode::FAILURE)
+        }
+    };
     tokio::select! {
-        _ = app.shutdown() => ExitCode::SUCCESS,
+        () = shutdown => code,
         () = told_to_stop(&mut terminate, &mut interrupt) => {
             tracing::warn!("told to stop a second time, ending at once");
             ExitCode::FAILURE

@@ -57,6 +57,9 @@ const SIGHT_SETTLES: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A container that has answered may be told of once more because it fails as it did before, but not sooner than this.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// How long the loss of a network is not told. Docker >= 28 tells of it before it tells that the container has ended, and a
+/// look at the container follows in any case.
+const TELL_DETACHED_AFTER: Duration = Duration::from_secs(2);
 /// Models that are known after they have gone, of each container: as many as it may have at a time.
 const GONE_MAX: usize = MODELS_MAX;
 /// Containers to be looked at, on their way.
@@ -105,6 +108,8 @@ struct Entry {
     answered_at: Option<Instant>,
     /// When requests last could not connect to it, and it was looked at for that.
     suspected_at: Option<Instant>,
+    /// It has lost its network, which is told then, unless it is known by then that this was only a part of its end.
+    detached: Option<Detached>,
     /// What the last probe failed with, and what to do about it; `None` once one has succeeded.
     probe_error: Option<ProbeTrouble>,
     /// Kinds of failures of probes that have been told, how loudly and when: what a container says of itself may be new
@@ -115,6 +120,14 @@ struct Entry {
     pools: Vec<(Arc<ModelObject>, Option<Arc<Member>>)>,
     /// Orders backends by when they became ready.
     ready_serial: u64,
+}
+
+/// The loss of a network that has not been told yet.
+#[derive(Debug, Clone, Copy)]
+struct Detached {
+    tell_at: Instant,
+    /// Requests that this cut.
+    in_flight: u64,
 }
 
 /// Why a probe failed.
@@ -201,11 +214,11 @@ impl Registry {
         }
     }
 
-    /// Follows what `discovery` reports and answers `asks`, until the latter's senders are gone.
-    pub async fn run(mut self, discovery: Box<dyn Discovery>, mut asks: mpsc::Receiver<Ask>) {
+    /// Follows what `discovery` reports and answers `asks`, until either is over; returns which.
+    pub async fn run(mut self, discovery: Box<dyn Discovery>, mut asks: mpsc::Receiver<Ask>) -> String {
         let (looks, wanted) = mpsc::channel(LOOKS_MAX);
         self.looks = Some(looks);
-        let mut changes = discovery.changes(wanted);
+        let mut changes = discovery.changes(wanted).fuse();
         loop {
             let deadline = self.next_deadline();
             let sleep = async {
@@ -217,7 +230,10 @@ impl Registry {
             tokio::select! {
                 biased;
                 // Changes first: a stop notice must not wait behind probe answers.
-                Some(change) = changes.next() => self.on_change(change),
+                change = changes.next() => match change {
+                    Some(change) => self.on_change(change),
+                    None => return format!("its source of containers, {}, has ended", self.source),
+                },
                 Some(answer) = self.answers.1.recv() => self.on_answer(answer),
                 () = sleep => self.on_deadlines(),
                 () = self.publisher.missed() => self.on_miss(),
@@ -227,7 +243,7 @@ impl Registry {
                         // Whoever asked may have left.
                         let _ = reply.send(self.status());
                     }
-                    None => return,
+                    None => return "nobody asks it any more".to_owned(),
                 },
             }
             // Whatever else is there already goes into the same table.
@@ -370,6 +386,7 @@ impl Registry {
             probe: None,
             answered_at: None,
             suspected_at: None,
+            detached: None,
             probe_error: None,
             told: Vec::new(),
             backend: None,
@@ -388,6 +405,7 @@ impl Registry {
         let Some(entry) = self.entries.get_mut(id) else { return };
         let before = entry.life.state().clone();
         let was_stopped_first = entry.is_stopped_first();
+        let in_flight = entry.backend.as_ref().map_or(0, |backend| backend.in_flight());
         let effects = entry.life.on(event, Instant::now());
         if *entry.life.state() != before {
             if *entry.life.state() == State::Ready {
@@ -402,8 +420,14 @@ impl Registry {
             self.dirty = true;
             entry.since = OffsetDateTime::now_utc();
             collect_turns(&mut self.events, entry);
-            report_state(&mut self.events, entry);
-            trace_state(&self.metrics, entry);
+            if *entry.life.state() == State::Discovered(Unfit::Detached) {
+                let tell_at = Instant::now() + TELL_DETACHED_AFTER;
+                entry.detached = Some(Detached { tell_at, in_flight });
+            } else {
+                report_state(&mut self.events, entry);
+                trace_state(&self.metrics, entry);
+                entry.detached = None;
+            }
             if before == State::Ready {
                 self.metrics.table_updated(TableAction::Remove);
             }
@@ -467,6 +491,13 @@ impl Registry {
             self.on_event(&id, Event::Deadline);
         }
         self.look_at_overdue(now);
+        for entry in self.entries.values_mut() {
+            if entry.detached.is_some_and(|detached| detached.tell_at <= now) {
+                report_state(&mut self.events, entry);
+                trace_state(&self.metrics, entry);
+                entry.detached = None;
+            }
+        }
         if self.discovery.settles_at.is_some_and(|at| at <= now) {
             self.discovery.settles_at = None;
             self.discovery.error = None;
@@ -753,7 +784,11 @@ impl Registry {
 
     fn next_deadline(&self) -> Option<Instant> {
         let grace = self.config.model_grace;
-        let lives = self.entries.values().flat_map(|entry| [entry.life.deadline(), entry.verdict.due_at()]).flatten();
+        let of_entry = |entry: &Entry| {
+            let tell_at = entry.detached.map(|detached| detached.tell_at);
+            [entry.life.deadline(), entry.verdict.due_at(), tell_at]
+        };
+        let lives = self.entries.values().flat_map(of_entry).flatten();
         let graces = self.models.values().filter_map(|known| Some(known.gone_at? + grace));
         let first_round = match &self.first_round {
             FirstRound::Probing { until, .. } => Some(*until),
@@ -1099,7 +1134,8 @@ fn report_health(events: &mut Events, container: &str, news: Option<News>) {
 /// One line per change, for people.
 fn report_state(events: &mut Events, entry: &Entry) {
     let name = &entry.endpoint.name;
-    let in_flight = entry.backend.as_ref().map_or(0, |backend| backend.in_flight());
+    let cut = entry.detached.map_or(0, |detached| detached.in_flight);
+    let in_flight = entry.backend.as_ref().map_or(cut, |backend| backend.in_flight());
     let flying = match in_flight {
         0 => String::new(),
         1 => " (1 in flight may finish)".to_owned(),

@@ -33,6 +33,7 @@ use crate::{
     proxy::{Proxy, client::Closing},
     telemetry::metrics::Metrics,
     upstream,
+    vital::Vital,
 };
 
 /// Connections that may wait to be accepted.
@@ -118,11 +119,12 @@ struct Arrived {
 // === impl Workers ===
 
 impl Workers {
-    /// Starts `count` workers that serve with `proxy`, at most `connections_max` connections at a time.
+    /// Starts `count` workers that serve with `proxy`, at most `connections_max` connections at a time. `vital` learns when
+    /// one ends.
     ///
     /// # Errors
     /// A thread or its runtime cannot be had.
-    pub fn start(count: usize, connections_max: usize, proxy: &Arc<Proxy>) -> io::Result<Workers> {
+    pub fn start(count: usize, connections_max: usize, proxy: &Arc<Proxy>, vital: &Vital) -> io::Result<Workers> {
         let (finish, abort) = (Stopper::default(), CancellationToken::new());
         let places = Places::new(connections_max.saturating_mul(places::CONNECTION));
         let start = |index: usize| {
@@ -130,13 +132,17 @@ impl Workers {
             let open = Arc::new(AtomicUsize::new(0));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let work = work(incoming, proxy.clone(), open.clone(), places.clone(), finish.clone());
-            let abort = abort.clone();
-            let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
+            let (abort, vital) = (abort.clone(), vital.clone());
+            let serve = move || {
                 upstream::set_worker(index);
                 runtime.block_on(abort.run_until_cancelled(work));
                 // Whatever is still open is closed without waiting for it.
                 runtime.shutdown_background();
-            })?;
+                "it returned".to_owned()
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn(move || vital.thread("worker", serve))?;
             Ok(Worker { connections, open, thread })
         };
         let workers = (0..count.max(1)).map(start).collect::<io::Result<Vec<Worker>>>()?;
@@ -432,7 +438,7 @@ mod tests {
     async fn connections_that_the_kernel_has_accepted_are_served_before_the_port_closes() {
         let listener = bind(Some(Ipv4Addr::LOCALHOST.into()), 0).unwrap();
         let addr = listener.local_addr().unwrap();
-        let workers = Workers::start(1, 16, &proxy()).unwrap();
+        let workers = Workers::start(1, 16, &proxy(), &crate::vital::watch().0).unwrap();
         let mut clients: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(addr).unwrap()).collect();
         for client in &mut clients {
             client.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").unwrap();

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 
-use crate::{breaker::Outcome, tally::Trouble, upstream::ConnectError};
+use crate::{breaker::Outcome, foreign::FOREVER, tally::Trouble, upstream::ConnectError};
 
 /// What went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,11 +137,12 @@ pub fn outcome(status: StatusCode, retry_after: Option<&[u8]>, clock: impl FnOnc
 
 fn wait(text: &[u8], clock: impl FnOnce() -> SystemTime) -> Option<Duration> {
     let text = std::str::from_utf8(text).ok()?.trim();
-    if let Ok(seconds) = text.parse::<u32>() {
-        return Some(Duration::from_secs(seconds.into()));
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        // What does not fit is long enough.
+        return Some(text.parse().map_or(FOREVER, |seconds| Duration::from_secs(seconds).min(FOREVER)));
     }
     let date = httpdate::parse_http_date(text).ok()?;
-    Some(date.duration_since(clock()).unwrap_or_default())
+    Some(date.duration_since(clock()).unwrap_or_default().min(FOREVER))
 }
 
 #[cfg(test)]
@@ -167,9 +168,14 @@ mod tests {
             (429, None, pushed(false, None)),
             (429, Some(" 7 "), pushed(false, Some(7))),
             (529, Some("0"), pushed(true, Some(0))),
+            (503, Some("315360001"), pushed(true, Some(315_360_000))),
+            (503, Some("4294967296"), pushed(true, Some(315_360_000))),
+            (429, Some("99999999999999999999999999"), pushed(false, Some(315_360_000))),
+            (429, Some("Fri, 31 Dec 9999 23:59:59 GMT"), pushed(false, Some(315_360_000))),
+            (429, Some(""), pushed(false, None)),
             (503, Some("soon"), pushed(true, None)),
             (503, Some("-1"), pushed(true, None)),
-            (503, Some("99999999999"), pushed(true, None)),
+            (503, Some("99999999999"), pushed(true, Some(315_360_000))),
             (503, Some("Sun, 09 Sep 2001 01:47:10 GMT"), pushed(true, Some(30))),
             (503, Some("Sun, 09 Sep 2001 01:46:10 GMT"), pushed(true, Some(0))),
         ] {

@@ -330,6 +330,69 @@ async fn a_container_that_has_never_been_well_is_waited_for_whatever_its_check_s
     assert_eq!(bench.table(), ["m: a"]);
 }
 
+/// Docker >= 28 tells that a container has left its network before it tells that it has ended.
+#[tokio::test(start_paused = true)]
+async fn a_crash_is_told_as_an_end_and_a_lost_network_as_a_lost_network() {
+    let lost = || {
+        let mut endpoint: Endpoint = container("a").into();
+        let (what, advice) = ("it shares no network with the proxy".to_owned(), "connect it".to_owned());
+        endpoint.reach = Err(crate::discovery::Obstacle { what, advice });
+        Change::Upsert(Box::new(endpoint))
+    };
+    let ready = || {
+        let mut bench = bench(|_| {});
+        bench.change(upsert(container("a")));
+        bench.answer("a", &["m"]);
+        let request = bench.member("m").try_acquire(Instant::now()).unwrap();
+        bench.change(Change::Detached("a".into()));
+        assert_eq!(bench.table(), ["m: -"], "it is acted upon at once");
+        assert!(bench.told(Kind::NotRouted).is_empty());
+        (bench, request)
+    };
+    let (mut crashed, _request) = ready();
+    crashed.change(Change::Ended("a".into()));
+    assert_eq!(crashed.told(Kind::NotRouted), [""; 0]);
+    assert_eq!(crashed.told(Kind::Gone), ["has ended with requests in flight (1)"]);
+
+    let (mut disconnected, _request) = ready();
+    disconnected.change(lost());
+    assert_eq!(disconnected.told(Kind::NotRouted), ["is not routed: it shares no network with the proxy"]);
+    disconnected.pass(Duration::from_secs(60)).await;
+    assert_eq!(disconnected.told(Kind::NotRouted).len(), 1);
+
+    let (mut unseen, _request) = ready();
+    assert_eq!(unseen.registry.next_deadline(), Some(Instant::now() + TELL_DETACHED_AFTER));
+    unseen.pass(TELL_DETACHED_AFTER).await;
+    assert_eq!(unseen.told(Kind::NotRouted), ["is not routed: it was disconnected from the network in use"]);
+    assert_eq!(unseen.registry.next_deadline(), None);
+
+    let (mut moved, _request) = ready();
+    moved.change(upsert(container("a")));
+    moved.answer("a", &["m"]);
+    moved.pass(Duration::from_secs(60)).await;
+    assert_eq!((moved.told(Kind::NotRouted).len(), moved.table()), (0, vec!["m: a".to_owned()]));
+}
+
+/// A source that ends, or breaks the task that reads it.
+#[tokio::test]
+async fn a_source_that_ends_ends_the_registry_with_the_reason() {
+    struct Ending;
+    impl Discovery for Ending {
+        fn name(&self) -> &'static str {
+            "ending"
+        }
+        fn changes(
+            self: Box<Self>,
+            _: crate::discovery::Looks,
+        ) -> futures::stream::BoxStream<'static, Result<Change, DiscoveryError>> {
+            futures::stream::iter([Ok(Change::Reset(Vec::new()))]).boxed()
+        }
+    }
+    let (_asks, asked) = mpsc::channel(1);
+    let ended = timeout(Duration::from_secs(30), bench(|_| {}).registry.run(Box::new(Ending), asked)).await;
+    assert_eq!(ended.unwrap(), "its source of containers, test, has ended");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_grace_without_end_stops_nothing_else() {
     for grace in [Duration::MAX, Duration::from_secs(i64::MAX as u64), crate::foreign::FOREVER] {

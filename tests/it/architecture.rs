@@ -24,7 +24,7 @@ const LAYERS: &[&[&str]] = &[
     &["telemetry"],
     &["scan", "labels", "http1", "latency"],
     &["config", "error"],
-    &["foreign"],
+    &["foreign", "vital"],
 ];
 
 /// Files in which decisions are made: state, input and time come in as arguments.

@@ -24,6 +24,7 @@ mod commands;
 mod documentation;
 mod drain;
 mod encoded;
+mod engine;
 mod failures;
 mod fuzz;
 mod headers;

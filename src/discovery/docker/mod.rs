@@ -69,6 +69,8 @@ const LOOK_BACK: Duration = Duration::from_secs(60);
 const OVERLAP: Duration = Duration::from_secs(1);
 /// How long after a subscription what happened before it may still be told.
 const REPLAYED_WITHIN: Duration = ANSWER_TIMEOUT;
+/// A longer lag of an event says nothing but that clocks differ.
+const LAG_MAX: Duration = Duration::from_secs(3_600);
 /// Events between the reader and the loop. More than that at once means that the list is compared instead.
 const EVENTS_MAX: usize = 1024;
 /// Most containers followed.
@@ -246,7 +248,11 @@ impl Watcher {
                     Some(Heard::Notice(notice)) => self.on_notice(notice),
                     Some(Heard::Overflow) => self.on_overflow(),
                     Some(Heard::Over(error)) => self.on_stream_over(error),
-                    None => self.heard = None,
+                    // Its reader has ended without a word.
+                    None => {
+                        let what = "the reader of the event stream has ended".to_owned();
+                        self.on_stream_over(DiscoveryError { what, advice: "it is begun again".to_owned() });
+                    }
                 },
                 Some(finished) = self.work.next(), if !self.work.is_empty() => match finished {
                     Finished::Looked { id, heard, outcome } => self.on_looked(id, heard, outcome),
@@ -294,7 +300,7 @@ impl Watcher {
             Some(newest) => (newest, OVERLAP),
             None => ((self.settings.clock)(), LOOK_BACK),
         };
-        let nanos = i128::from(newest) - i128::try_from(back.as_nanos()).unwrap_or(0);
+        let nanos = (i128::from(newest) - i128::try_from(back.as_nanos()).unwrap_or(0)).max(0);
         format!("{}.{:09}", nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000))
     }
 
@@ -397,8 +403,9 @@ impl Watcher {
         // What was asked for again from before this process began says nothing of how late events come.
         if notice.time_nanos >= self.began_nanos {
             let lag = (self.settings.clock)().saturating_sub(notice.time_nanos);
-            // A remote engine's clock may be ahead.
-            metrics.discovery.event_lag.observe(Duration::from_nanos(u64::try_from(lag).unwrap_or(0)));
+            // A remote engine's clock may be ahead, or hours behind.
+            let lag = Duration::from_nanos(u64::try_from(lag).unwrap_or(0));
+            metrics.discovery.event_lag.observe(lag.min(LAG_MAX));
         }
     }
 

@@ -18,9 +18,10 @@ use futures::{
 };
 use inference_proxy::{
     app::App,
-    config::Config,
+    config::{Config, DockerEndpoint},
     discovery::{
         Change, Discovery, DiscoveryError, Looks,
+        docker::DockerDiscovery,
         fixed::{self, EndpointBuilder, FixedHandle},
     },
 };
@@ -188,6 +189,27 @@ impl TestApp {
         // Its handle reports to nobody.
         let (_, handle) = fixed::channel();
         Self::start_on(&[], Box::new(LateScan { gate: gate.clone(), found }), handle).await
+    }
+
+    /// A proxy that watches the Docker Engine at `host`.
+    pub(crate) async fn start_on_engine(host: &str, knobs: &[(&str, &str)]) -> Self {
+        let endpoint = DockerEndpoint { host: Some(host.to_owned()), ..DockerEndpoint::default() };
+        let discovery = DockerDiscovery::new(endpoint, None, Vec::new());
+        Self::start_watching(Box::new(discovery), knobs).await
+    }
+
+    /// A proxy that watches what this source reports.
+    pub(crate) async fn start_watching(discovery: Box<dyn Discovery>, knobs: &[(&str, &str)]) -> Self {
+        // Its handle reports to nobody.
+        let (_, handle) = fixed::channel();
+        Self::start_on(knobs, discovery, handle).await
+    }
+
+    /// Waits until the proxy says that it cannot go on, and why; then ends it.
+    pub(crate) async fn gives_up(mut self) -> String {
+        let ended = soon("the proxy fails", self.app.failed()).await;
+        soon("the proxy has given up", self.app.give_up()).await;
+        ended.to_string()
     }
 
     async fn start_on(knobs: &[(&str, &str)], discovery: Box<dyn Discovery>, handle: FixedHandle) -> Self {

@@ -1,10 +1,11 @@
 //! What the tests stand on: a proxy (`app`), backends that do what a script says (`upstream`), byte-level clients
-//! (`client`), a collector of telemetry (`collector`), waiting with a deadline (`wait`), and HTTP/1.1 read by hand
+//! (`client`), a collector of telemetry (`collector`), a Docker Engine (`engine`), waiting with a deadline (`wait`), and HTTP/1.1 read by hand
 //! (`wire`).
 
 pub(crate) mod app;
 pub(crate) mod client;
 pub(crate) mod collector;
+pub(crate) mod engine;
 pub(crate) mod upstream;
 pub(crate) mod wait;
 pub(crate) mod wire;
