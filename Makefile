@@ -57,7 +57,7 @@ test-page: ## Run the status page in a headless browser
 	.ci/page
 
 test-docker: image-test ## Run the tests against the real Docker Engine (DOCKER_TEST_THREADS=6)
-	@.ci/prepare compose traefik
+	@.ci/prepare compose netns traefik
 	DOCKER_REQUIRED=1 INFERENCE_PROXY_IMAGE=$(TEST_IMAGE) \
 	    cargo test --locked --test docker -- --test-threads=$(DOCKER_TEST_THREADS) --show-output
 

@@ -25,6 +25,7 @@ mod discovery;
 mod lifecycle;
 mod measured;
 mod pools;
+mod restarts;
 mod rolling;
 mod rolling_proxies;
 mod support;

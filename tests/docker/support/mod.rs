@@ -12,5 +12,6 @@ pub(crate) mod forwarder;
 pub(crate) mod load;
 pub(crate) mod proxy;
 pub(crate) mod scripted;
+pub(crate) mod second;
 pub(crate) mod traefik;
 pub(crate) mod wait;

@@ -20,6 +20,7 @@ use super::{
     client::{self, Answer, Broken, Reply},
     engine::{Lab, docker, engine_socket, inspect, run, try_docker},
     forwarder::Forwarder,
+    second::SecondEngine,
     wait::eventually,
 };
 
@@ -120,10 +121,20 @@ impl<'l> ProxySpec<'l> {
     /// Starts it as a process on this machine, on a free loopback port, with no environment but the test's.
     pub(crate) async fn on_host(self) -> Proxy {
         let addr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), free_port());
-        let mut command = Command::new(self.lab.binary());
+        let command = Command::new(self.lab.binary());
+        self.run(command, addr, &engine_socket())
+    }
+
+    /// Starts it as a process in the network namespace of `second`, which it watches.
+    pub(crate) async fn beside(self, second: &SecondEngine) -> Proxy {
+        let command = second.command(self.lab.binary());
+        self.run(command, second.proxy_addr(), &second.socket())
+    }
+
+    fn run(self, mut command: Command, addr: SocketAddr, engine: &Path) -> Proxy {
         command.arg("serve").env_clear();
         command.env("PROXY_PORT", addr.port().to_string()).env("PROXY_BIND", addr.ip().to_string());
-        command.env("DOCKER_HOST", format!("unix://{}", engine_socket().display()));
+        command.env("DOCKER_HOST", format!("unix://{}", engine.display()));
         command.envs(self.env);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", self.lab.binary().display()));
