@@ -16,6 +16,9 @@ use tokio::sync::Notify;
 
 use crate::backend::{Backend, Member, Model};
 
+/// Most colons in a name that are looked at.
+const COLONS_MAX: usize = 8;
+
 /// A model as its backend describes it in `/v1/models`.
 #[derive(Debug, Clone)]
 pub struct ModelObject {
@@ -83,13 +86,30 @@ impl RoutingTable {
         RoutingTable { routes, only, backends, members, ..RoutingTable::default() }
     }
 
-    /// What `model` leads to.
+    /// What `model` leads to, by its exact name if there is one, else by a name that its engine would take for it.
     pub fn lookup(&self, model: &str) -> Lookup<'_> {
-        match self.routes.get(model) {
-            None => Lookup::Unknown,
-            Some(route) if route.members.is_empty() => Lookup::NoneReady(route),
-            Some(route) => Lookup::Ready(route),
+        Lookup::of(self.routes.get(model).or_else(|| self.latest(model)).or_else(|| self.base(model)))
+    }
+
+    /// The model that requests with this name are for, if there is one.
+    pub fn known_as(&self, name: &str) -> Option<&Arc<Model>> {
+        match self.lookup(name) {
+            Lookup::Unknown => None,
+            Lookup::NoneReady(route) | Lookup::Ready(route) => Some(&route.model),
         }
+    }
+
+    /// What a name without a tag means to Ollama: the model with the tag `latest`, and never with another one.
+    fn latest(&self, name: &str) -> Option<&Route> {
+        let has_tag = name.rsplit('/').next().is_some_and(|last| last.contains(':'));
+        if has_tag || name.is_empty() { None } else { self.routes.get(format!("{name}:latest").as_str()) }
+    }
+
+    /// What `BASE:ADAPTER` means to SGLang: an adapter of the model `BASE`, which is known to its engine alone. If several
+    /// colons leave a choice, the longest base counts.
+    fn base(&self, name: &str) -> Option<&Route> {
+        let bases = name.rmatch_indices(':').take(COLONS_MAX).filter(|(at, _)| is_adapter(&name[at + 1..]));
+        bases.map(|(at, _)| &name[..at]).find_map(|base| self.routes.get(base))
     }
 
     /// A member of the one backend that is ready, if there is just one: it must be meant by who names no model.
@@ -140,13 +160,30 @@ impl RoutingTable {
         self.anthropic_list.get_or_init(render).clone()
     }
 
-    /// The object of one listed model.
+    /// The object of one listed model. A name without a tag will do, as it does for Ollama; an adapter has an object only
+    /// if it is listed, as with SGLang.
     pub fn object(&self, model: &str) -> Option<&Arc<ModelObject>> {
-        match self.lookup(model) {
+        match Lookup::of(self.routes.get(model).or_else(|| self.latest(model))) {
             Lookup::Ready(route) => route.object.as_ref(),
             Lookup::Unknown | Lookup::NoneReady(_) => None,
         }
     }
+}
+
+impl<'t> Lookup<'t> {
+    fn of(route: Option<&'t Route>) -> Lookup<'t> {
+        match route {
+            None => Lookup::Unknown,
+            Some(route) if route.members.is_empty() => Lookup::NoneReady(route),
+            Some(route) => Lookup::Ready(route),
+        }
+    }
+}
+
+/// Whether an adapter may be called so: adapters are files and repositories. What holds white space or the like is a
+/// mistake that its client should be told of.
+fn is_adapter(name: &str) -> bool {
+    name.chars().all(|char| char.is_alphanumeric() || "-_./:@+=~".contains(char))
 }
 
 impl ModelObject {
@@ -264,6 +301,54 @@ mod tests {
         assert!(matches!(table.lookup("b"), Lookup::NoneReady(_)));
         assert!(matches!(table.lookup("c"), Lookup::Unknown));
         assert!(table.object("a").is_some() && table.object("b").is_none());
+    }
+
+    #[test]
+    fn names_that_an_engine_would_take_are_found() {
+        let names = ["llama3.2:latest", "llama3.2:1b", "org/m:latest", "org/base", "plain", "plain:latest", "a:b"];
+        let down = ["down:latest", "gone"];
+        let routes = names.iter().map(|id| route(id, true)).chain(down.iter().map(|id| route(id, false)));
+        let table = RoutingTable::new(routes.collect(), Vec::new(), Vec::new());
+        for (name, known, listed) in [
+            ("llama3.2", Some("llama3.2:latest"), true),
+            ("llama3.2:latest", Some("llama3.2:latest"), true),
+            ("llama3.2:1b", Some("llama3.2:1b"), true),
+            ("llama3.2:70b", None, false),
+            ("llama3.2:", None, false),
+            ("Llama3.2", None, false),
+            ("llama3", None, false),
+            ("org/m", Some("org/m:latest"), true),
+            ("m", None, false),
+            ("org/base:adapter", Some("org/base"), false),
+            ("org/base:me/adapter-1", Some("org/base"), false),
+            ("org/base:", Some("org/base"), false),
+            ("org/base:x:y", Some("org/base"), false),
+            ("org/base:latest", Some("org/base"), false),
+            ("org/base: x", None, false),
+            ("org/base:x?", None, false),
+            ("org/base:x\n", None, false),
+            ("org/m:adapter", None, false),
+            ("plain", Some("plain"), true),
+            ("plain:latest", Some("plain:latest"), true),
+            ("plain:x", Some("plain"), false),
+            ("plain:latest:x", Some("plain:latest"), false),
+            ("a:b:c", Some("a:b"), false),
+            ("a:c", None, false),
+            ("down", Some("down:latest"), false),
+            ("gone:x", Some("gone"), false),
+            (":latest", None, false),
+            (":", None, false),
+            ("", None, false),
+            ("/", None, false),
+        ] {
+            let found = table.known_as(name).map(|model| &*model.id);
+            assert_eq!((found, table.object(name).is_some()), (known, listed), "{name}");
+        }
+        // Exact names win, also while no backend is ready for them.
+        let table = RoutingTable::new(vec![route("a", false), route("a:latest", true)], Vec::new(), Vec::new());
+        assert!(matches!(table.lookup("a"), Lookup::NoneReady(_)));
+        // No name is too odd.
+        let _ = table.lookup(&":".repeat(100_000));
     }
 
     #[test]

@@ -371,3 +371,90 @@ async fn d01_not_ready_before_the_first_scan_and_its_probes() {
     // What was found is there at once.
     assert_eq!(app.ask(&Request::chat("m")).await.status, 200);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r04_names_that_an_engine_would_take_are_routed() {
+    let ollama = Upstream::start("ollama", &["llama3.2:latest", "llama3.2:1b", "org/mix:latest"]).await;
+    let sglang = Upstream::start("sglang", &["qwen/base", "exact", "exact:one"]).await;
+    let other = Upstream::start("other", &["exact:latest", "qwen/base:listed"]).await;
+    let app = TestApp::with(&[&ollama, &sglang, &other]).await;
+    let forms = |name: &str| {
+        [
+            Request::chat(name),
+            Request::messages(name),
+            Request::post("/api/chat", format!(r#"{{"model":"{name}"}}"#)),
+            Request::get(&format!("/v1/realtime?model={name}")),
+        ]
+    };
+    for (name, upstream) in [
+        ("llama3.2", &ollama),
+        ("llama3.2:latest", &ollama),
+        ("llama3.2:1b", &ollama),
+        ("org/mix", &ollama),
+        ("qwen/base:my-adapter", &sglang),
+        ("qwen/base:me/adapter_2.0", &sglang),
+        ("qwen/base:listed", &other),
+        ("exact", &sglang),
+        ("exact:one", &sglang),
+        ("exact:two", &sglang),
+        ("exact:latest", &other),
+    ] {
+        for request in forms(name) {
+            let index = upstream.count();
+            let answer = app.ask(&request).await;
+            assert_eq!((answer.status, upstream.count()), (200, index + 1), "{name}: {}", answer.text());
+            // The engine reads the name that the client sent.
+            let received = upstream.whole(index).await;
+            let sent = String::from_utf8(request.bytes()).unwrap();
+            assert_eq!(received.head.start, sent.lines().next().unwrap());
+            assert_eq!(received.body.bytes, sent.split_once("\r\n\r\n").unwrap().1.as_bytes(), "{name}");
+        }
+    }
+    let counts = || (ollama.count(), sglang.count(), other.count());
+    let before = counts();
+    for name in [
+        "llama3.2:70b",
+        "llama3.2:",
+        "LLAMA3.2",
+        "llama3",
+        "mix",
+        "base:my-adapter",
+        "qwen:base",
+        "org/mix:1b",
+        ":latest",
+        "qwen/base: x",
+    ] {
+        for request in forms(&name.replace(' ', "%20")).into_iter().skip(3).chain([Request::chat(name)]) {
+            assert_openai_error(&app.ask(&request).await, 404, "model_not_found");
+        }
+    }
+    assert_eq!(counts(), before);
+    // What is told of models, as the engines tell it.
+    for (name, status) in
+        [("llama3.2", 200), ("org/mix", 200), ("org%2Fmix", 200), ("llama3.2:70b", 404), ("qwen/base:my-adapter", 404)]
+    {
+        assert_eq!(app.ask(&Request::get(&format!("/v1/models/{name}"))).await.status, status, "{name}");
+    }
+    // Names that clients make up do not become labels.
+    for index in 0..50 {
+        assert_eq!(app.ask(&Request::chat(&format!("qwen/base:adapter-{index}"))).await.status, 200);
+    }
+    let metrics = app.ask(&Request::get("/metrics")).await.text();
+    assert!(!metrics.contains("adapter") && !metrics.contains("\"llama3.2\""), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r04_a_known_name_that_nobody_serves_now_is_not_another_one() {
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["m:latest", "n:latest"]).await);
+    let knobs = [("PROXY_QUEUE_MAX", "0")];
+    let app = TestApp::start_with_backends(&knobs, &[&a, &b]).await;
+    app.ended("a").await;
+    app.rotation_is(1, "a has gone").await;
+    assert_openai_error(&app.ask(&Request::chat("m")).await, 503, "model_unavailable");
+    assert_eq!(app.ask(&Request::chat("n")).await.json()["served_by"], "b");
+    app.ended("b").await;
+    app.rotation_is(0, "b has gone").await;
+    for name in ["n", "n:latest", "m", "m:adapter"] {
+        assert_openai_error(&app.ask(&Request::chat(name)).await, 503, "model_unavailable");
+    }
+}
