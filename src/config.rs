@@ -87,7 +87,7 @@ const OWN: &[Knob] = &[
         "off, error, warn, info, debug, trace, or a filter such as info,inference_proxy::registry=debug",
     ),
     knob("PROXY_ACCESS_LOG", "off", "on: one line per request at info"),
-    knob("PROXY_USAGE_METRICS", "on", "off: answers are not looked at for their token counts, finish reasons and ids"),
+    knob("PROXY_USAGE_METRICS", "on", "off: answers are not looked at for their token counts and finish reasons"),
     knob("PROXY_LOG_FORMAT", "", "text, json or yaml; unset: text on a terminal, else json"),
     knob("DOCKER_HOST", "", "Docker Engine to watch; unset: unix:///var/run/docker.sock"),
     knob("DOCKER_CERT_PATH", "", "folder with ca.pem, cert.pem and key.pem for a Docker Engine behind TLS"),

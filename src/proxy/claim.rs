@@ -5,7 +5,7 @@
 //! behind a bounded number of others, until it is called: by whoever gives a place back, by control when it has published
 //! another table, or by the clock when a replica has rested.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -61,6 +61,19 @@ pub(super) enum Wanted<'r> {
     },
     /// This one alone.
     Only(Arc<Member>),
+}
+
+/// An answer that has passed here.
+#[derive(Debug)]
+pub(super) struct Made<'p> {
+    maker: Maker,
+    id: Cow<'p, str>,
+}
+
+impl Made<'_> {
+    fn gone(&self) -> ProxyError {
+        ProxyError::AnswerGone { id: bounded(&self.id) }
+    }
 }
 
 /// Why there is no place now.
@@ -119,17 +132,36 @@ thread_local! {
 }
 
 impl Proxy {
-    /// Claims a place for a request that names `model`: on the backend that made the answer that is continued, if it still
-    /// serves the model, else on the best.
+    /// Who made the answer whose id is in `path`, if it has passed here.
+    pub(super) fn made<'p>(&self, path: &'p str) -> Option<Made<'p>> {
+        if paths::is_stateless(path) {
+            return None;
+        }
+        let collection = paths::collection(path)?;
+        paths::ids(path).find_map(|id| match self.makers.of(&collection, &id) {
+            Maker::Unknown => None,
+            maker => Some(Made { maker, id }),
+        })
+    }
+
+    /// Claims a place for a request that names `model`: on the backend that made the answer that it is about, if that serves
+    /// the model, or the one that is continued, else on the best.
     pub(super) async fn choose<S: Transport>(
         &self,
         client: &mut Client<S>,
         model: &str,
+        made: Option<Made<'_>>,
         replay: &Replay,
         exchange: &mut Exchange<'_>,
     ) -> Result<Place, NoAnswer> {
-        if let Some(Maker::Here(member)) = replay.continues().map(|id| self.makers.of(id))
-            && *member.model.id == *model
+        if let Some(made) = made
+            && let Some(member) = self.maker_for(&made, model)?
+        {
+            let in_flight = self.claim(client, &Wanted::Only(member), exchange).await?;
+            return Ok(Place { in_flight, is_the_only_one: true });
+        }
+        if let Some(Maker::Here(member)) = replay.continues().map(|id| self.makers.of("responses", id))
+            && self.table.snapshot().known_as(model).is_some_and(|known| known.id == member.model.id)
             && member.model.waiting.may_pass(Whom::Anybody)
             && let Ok(in_flight) = member.try_acquire(Instant::now())
         {
@@ -147,31 +179,52 @@ impl Proxy {
         Ok(Place { in_flight, is_the_only_one: false })
     }
 
+    /// The member of the pool of `model` that made an answer. `None`: the answer is of another model, and the one that is
+    /// named decides.
+    fn maker_for(&self, made: &Made<'_>, model: &str) -> Result<Option<Arc<Member>>, ProxyError> {
+        let table = self.table.snapshot();
+        let Some(known) = table.known_as(model) else { return Ok(None) };
+        match &made.maker {
+            Maker::Unknown => Ok(None),
+            // Another replica would not know it.
+            Maker::Gone { model } if *model == self.makers.hash_of(&known.id) => Err(made.gone()),
+            Maker::Gone { .. } => Ok(None),
+            Maker::Here(maker) if maker.model.id == known.id => Ok(Some(maker.clone())),
+            // One backend may have several models.
+            Maker::Here(maker) => match table.lookup(model) {
+                Lookup::Ready(route) => {
+                    Ok(route.members.iter().find(|member| Arc::ptr_eq(&member.backend, &maker.backend)).cloned())
+                }
+                Lookup::NoneReady(_) | Lookup::Unknown => Ok(None),
+            },
+        }
+    }
+
     /// Claims a place for a request that names no model: on the backend that made the answer it is about, else on the
     /// only one there is.
     pub(super) async fn choose_unnamed<S: Transport>(
         &self,
         client: &mut Client<S>,
         path: &str,
+        made: Option<Made<'_>>,
         exchange: &mut Exchange<'_>,
     ) -> Result<Place, NoAnswer> {
-        let member = self.meant_by(path)?;
+        let member = self.meant_by(path, made)?;
         let in_flight = self.claim(client, &Wanted::Only(member), exchange).await?;
         Ok(Place { in_flight, is_the_only_one: true })
     }
 
-    /// Who is meant by a request that names no model.
-    fn meant_by(&self, path: &str) -> Result<Arc<Member>, ProxyError> {
-        let id = paths::answer_id(path);
-        match id.as_deref().map(|id| (self.makers.of(id), id)) {
-            Some((Maker::Here(member), _)) => Ok(member),
-            Some((Maker::Gone, id)) => Err(ProxyError::AnswerGone { id: bounded(id) }),
-            Some((Maker::Unknown, _)) | None => {
+    /// Which backend is meant by a request that names no model.
+    fn meant_by(&self, path: &str, made: Option<Made<'_>>) -> Result<Arc<Member>, ProxyError> {
+        match made {
+            Some(Made { maker: Maker::Here(member), .. }) => Ok(member),
+            Some(made @ Made { maker: Maker::Gone { .. }, .. }) => Err(made.gone()),
+            Some(Made { maker: Maker::Unknown, .. }) | None => {
                 let table = self.table.snapshot();
                 match table.only_backend() {
                     Some(only) => Ok(only.clone()),
                     None if table.routes().iter().all(|route| route.members.is_empty()) => Err(ProxyError::NoBackend),
-                    None => Err(nobody_meant(id.as_deref())),
+                    None => Err(nobody_meant(paths::answer_id(path).as_deref())),
                 }
             }
         }

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     makers::Makers,
+    paths,
     relay::Watch,
     trace::{Account, Trace},
 };
@@ -17,7 +18,7 @@ use crate::{
         body::Framing,
         head::{Known, RequestHead},
     },
-    scan::{AnswerKind, Usage, UsageTap},
+    scan::{AnswerKind, Found, IdReader, Usage, UsageTap},
     telemetry::{
         http_server::{self, Ended},
         metrics::{Metrics, ModelMetrics},
@@ -142,13 +143,17 @@ pub struct Exchange<'r> {
     ended: bool,
 }
 
-/// Who wants to know the id of an answer, and of whose.
+/// Remembers who made an answer, once its id has been read.
 #[derive(Debug)]
 pub struct Learner<'r> {
     /// Where it is remembered.
     pub makers: &'r Makers,
-    /// Who made the answer.
+    /// The path of the request, which tells the collection.
+    pub path: &'r str,
+    /// The backend that made the answer.
     pub member: Arc<Member>,
+    /// What reads the id, unless the tap does.
+    pub reader: Option<Box<IdReader>>,
 }
 
 /// So many tokens are told to the tally together while an answer passes.
@@ -197,10 +202,39 @@ impl<'r> Exchange<'r> {
     }
 
     /// An answer is about to pass that tells of itself.
-    pub fn listen_to(&mut self, kind: AnswerKind, learner: Option<Learner<'r>>) {
+    pub fn listen_to(&mut self, kind: AnswerKind) {
         self.tap = Some(UsageTap::new(kind));
         self.is_streamed = kind != AnswerKind::Json;
-        self.learner = learner;
+    }
+
+    /// An answer is about to pass that may be asked for again by its id.
+    pub fn learn_by(&mut self, learner: Learner<'r>) {
+        self.learner = Some(learner);
+    }
+
+    /// Looks for the id of the answer in what has passed.
+    fn learn(&mut self, payload: &[u8]) {
+        let Some(Learner { makers, path, member, reader }) = &mut self.learner else { return };
+        let read;
+        let id = match (reader, &self.tap) {
+            (Some(reader), _) => match reader.feed(payload) {
+                Found::NotYet => return,
+                Found::Never => None,
+                Found::Id(id) => {
+                    read = id;
+                    Some(read.as_str())
+                }
+            },
+            (None, Some(tap)) => match tap.id() {
+                None => return,
+                id => id,
+            },
+            (None, None) => None,
+        };
+        if let (Some(id), Some(collection)) = (id, paths::collection(path)) {
+            makers.learn(&collection, id, paths::is_stateless(path), member);
+        }
+        self.learner = None;
     }
 
     /// How long its body is: as it says, else as much as has been `seen`.
@@ -316,6 +350,30 @@ impl<'r> Exchange<'r> {
         }
     }
 
+    /// Reads what a stretch of payload tells of the answer.
+    fn tap_payload(&mut self, payload: &[u8]) {
+        let Some(tap) = &mut self.tap else { return };
+        tap.feed(payload);
+        let events = tap.output_events();
+        if events >= self.tallied.0 + TALLIED_AT_ONCE {
+            self.tally_tokens(events, Instant::now());
+        }
+        let Some(tap) = &mut self.tap else { return };
+        if self.first_content_at.is_none() && tap.has_content() {
+            let now = Instant::now();
+            self.first_content_at = Some(now);
+            if let (Some(since), Some(backend)) = (self.sent_at, &self.backend) {
+                backend.tally.first_token(now.saturating_duration_since(since), now);
+                self.tallied.1.get_or_insert(now);
+            }
+            if let Some(model) = &self.model {
+                let elapsed = now.saturating_duration_since(self.started);
+                model.metrics.of(self.route.operation()).time_to_first_token.observe(elapsed);
+                self.trace.first_token(elapsed);
+            }
+        }
+    }
+
     /// Tells the backend's tally that these many tokens of the answer have come in all.
     fn tally_tokens(&mut self, count: u64, now: Instant) {
         let (known, since) = self.tallied;
@@ -372,31 +430,9 @@ impl Watch for Exchange<'_> {
         {
             in_flight.first_byte(Instant::now());
         }
-        let Some(tap) = &mut self.tap else { return };
-        tap.feed(payload);
-        let events = tap.output_events();
-        if events >= self.tallied.0 + TALLIED_AT_ONCE {
-            self.tally_tokens(events, Instant::now());
-        }
-        let Some(tap) = &mut self.tap else { return };
-        if self.first_content_at.is_none() && tap.has_content() {
-            let now = Instant::now();
-            self.first_content_at = Some(now);
-            if let (Some(since), Some(backend)) = (self.sent_at, &self.backend) {
-                backend.tally.first_token(now.saturating_duration_since(since), now);
-                self.tallied.1.get_or_insert(now);
-            }
-            if let Some(model) = &self.model {
-                let elapsed = now.saturating_duration_since(self.started);
-                model.metrics.of(self.route.operation()).time_to_first_token.observe(elapsed);
-                self.trace.first_token(elapsed);
-            }
-        }
-        if self.learner.is_some()
-            && let Some(id) = tap.answer_id()
-            && let Some(Learner { makers, member }) = self.learner.take()
-        {
-            makers.learn(id, &member);
+        self.tap_payload(payload);
+        if self.learner.is_some() {
+            self.learn(payload);
         }
     }
 

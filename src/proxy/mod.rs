@@ -64,7 +64,7 @@ use crate::{
         head::{HeadError, Known, Lines, RequestHead, ResponseHead, Version},
     },
     replay::{BodyFault, BodyLimits, Replay},
-    scan::{AnswerKind, ModelScanner, PromptSeed, ScanError},
+    scan::{AnswerKind, IdReader, ModelScanner, PromptSeed, ScanError},
     table::{Lookup, TableReader},
     tally::Trouble,
     telemetry::{metrics::Metrics, operation::Operation},
@@ -356,7 +356,8 @@ impl Proxy {
         if matches!(head.framing, Framing::Length(length) if length > self.limits.max_body_bytes) {
             return Err(self.body_error(BodyFault::TooLarge).into());
         }
-        let may_name_none = paths::may_name_no_model(&head.method, head.path());
+        let made = self.made(head.path());
+        let may_name_none = made.is_some() || paths::may_name_no_model(&head.method, head.path());
         // A body may do without the model that the query names; but it has the last word, so it is held until it is clear
         // that it says nothing else.
         let key_is_optional = may_name_none || in_query.is_some();
@@ -367,8 +368,8 @@ impl Proxy {
         replay.look_for(scanner, key_is_optional);
         self.read_model(client, head, replay, exchange).await?;
         let place = match replay.model().or(in_query.as_deref()) {
-            Some(model) => self.choose(client, model, replay, exchange).await?,
-            None if may_name_none => self.choose_unnamed(client, head.path(), exchange).await?,
+            Some(model) => self.choose(client, model, made, replay, exchange).await?,
+            None if may_name_none => self.choose_unnamed(client, head.path(), made, exchange).await?,
             None => return Err(self.body_error(BodyFault::Scan(ScanError::ModelMissing)).into()),
         };
         self.send(client, asked, below_v1, replay, exchange, place).await
@@ -505,13 +506,8 @@ impl Proxy {
         let can_add_events =
             delivery != Delivery::AsIs && head.is_event_stream() && !head.lines.has(Known::ContentEncoding);
         let reusable = head.reusable && !upgraded;
-        if self.usage_metrics && head.status.is_success() && has_body {
-            let kind = head.lines.first(Known::ContentType).unwrap_or_default();
-            if let Some(kind) = AnswerKind::of(kind, head.lines.has(Known::ContentEncoding)) {
-                let makes = asked.head.method == Method::POST && asked.head.path().starts_with("/v1/responses");
-                let learner = makes.then(|| Learner { makers: &self.makers, member: in_flight.member().clone() });
-                exchange.listen_to(kind, learner);
-            }
+        if head.status.is_success() && has_body {
+            self.listen(asked, &head, &in_flight, &mut exchange);
         }
         if !(head.status.is_success() && has_body) {
             in_flight.says_nothing_of_pace();
@@ -576,6 +572,29 @@ impl Proxy {
                 // What has come is sent; who does not take it now will not be told any better later.
                 let _ = timeout(LAST_WORDS_TIME, client.flush()).await;
                 After::Abort { by_reset: delivery == Delivery::UntilClose }
+            }
+        }
+    }
+
+    /// Sets up what reads the answer with this head while it passes.
+    fn listen<'r>(&'r self, asked: &Asked<'r>, head: &ResponseHead, in_flight: &InFlight, exchange: &mut Exchange<'r>) {
+        let content_type = head.lines.first(Known::ContentType).unwrap_or_default();
+        let coding = head.lines.first(Known::ContentEncoding);
+        let kind = if self.usage_metrics { AnswerKind::of(content_type, coding.is_some()) } else { None };
+        if let Some(kind) = kind {
+            exchange.listen_to(kind);
+        }
+        if paths::makes(&asked.head.method, asked.head.path()) {
+            let reader = match kind {
+                // The tap sees it as well.
+                Some(AnswerKind::Json) => Some(None),
+                _ => {
+                    IdReader::for_answer(content_type, coding.unwrap_or_default()).map(|reader| Some(Box::new(reader)))
+                }
+            };
+            if let Some(reader) = reader {
+                let (path, member) = (asked.head.path(), in_flight.member().clone());
+                exchange.learn_by(Learner { makers: &self.makers, path, member, reader });
             }
         }
     }

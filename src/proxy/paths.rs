@@ -171,7 +171,7 @@ const USUAL: &[&str] = &[
 /// by its id, and those that engines take without one.
 pub fn may_name_no_model(method: &Method, path: &str) -> bool {
     matches!(*method, Method::GET | Method::HEAD | Method::DELETE)
-        || answer_id(path).is_some()
+        || (!USUAL.contains(&path) && answer_id(path).is_some())
         || MODEL_OPTIONAL.binary_search(&path).is_ok()
 }
 
@@ -190,13 +190,51 @@ pub fn continues_prompt(path: &str) -> bool {
     ENDS.iter().any(|end| path.ends_with(end))
 }
 
-/// The id of the answer that a path is about, decoded: `/v1/responses/{id}` and what is below it.
+/// Collections whose members engines are known to keep, so that what follows in the path is an id even if it has not been
+/// seen.
+const KEPT: &[&str] = &["responses", "videos"];
+/// What else stands in their place.
+const NOT_IDS: &[&str] = &["characters", "compact", "edits", "extensions", "generations", "input_tokens", "sync"];
+/// Longest id that is looked for.
+const ID_BYTES_MAX: usize = 128;
+/// Most segments that are looked at for an id.
+const IDS_MAX: usize = 3;
+
+/// Whether an answer to this may be asked for again by its id. Messages never are.
+pub fn makes(method: &Method, path: &str) -> bool {
+    method == Method::POST && path.starts_with("/v1/") && !path.starts_with("/v1/messages")
+}
+
+/// Whether the answers of `path` come by the thousand and are seldom asked for again.
+pub fn is_stateless(path: &str) -> bool {
+    path != "/v1/responses" && USUAL.contains(&path)
+}
+
+/// The collection that a path is about, decoded: the first segment below `/v1`.
+pub fn collection(path: &str) -> Option<Cow<'_, str>> {
+    segments_below_v1(path).next()
+}
+
+/// The ids of answers that a path may be about, decoded: `/v1/videos/{id}/content`, `/v1/images/generations/{id}`.
+pub fn ids(path: &str) -> impl Iterator<Item = Cow<'_, str>> {
+    segments_below_v1(path).skip(1).take(IDS_MAX).filter(|id| id.len() <= ID_BYTES_MAX)
+}
+
+/// The id of the answer that a path is about, as far as it can be told from the path.
 pub fn answer_id(path: &str) -> Option<Cow<'_, str>> {
-    let rest = path.strip_prefix("/v1/responses/")?;
-    let id = rest.split_once('/').map_or(rest, |(id, _)| id);
-    let id = percent_decode_str(id).decode_utf8().ok()?;
-    // A collection beside the answers, not an answer.
-    (!id.is_empty() && id != "input_tokens" && id != "compact").then_some(id)
+    let keeps = collection(path).is_some_and(|collection| KEPT.contains(&&*collection));
+    let is_id = |id: &str| match keeps {
+        true => !NOT_IDS.contains(&id),
+        // Words are without digits, and names of versions are short.
+        false => id.len() >= 8 && id.bytes().any(|byte| byte.is_ascii_digit()),
+    };
+    ids(path).take(if keeps { 1 } else { IDS_MAX }).find(|id| is_id(id))
+}
+
+fn segments_below_v1(path: &str) -> impl Iterator<Item = Cow<'_, str>> {
+    let below = path.strip_prefix("/v1/").unwrap_or_default();
+    let segments = below.split('/').filter(|segment| !segment.is_empty());
+    segments.map_while(|segment| percent_decode_str(segment).decode_utf8().ok())
 }
 
 /// What `path` means for `method`. `path` is as the client sent it, without the query.
@@ -558,7 +596,19 @@ mod tests {
             ("/v1/responses/", None),
             ("/v1/responses", None),
             ("/v1/responses/input_tokens", None),
+            ("/v1/responses/input_tokens/resp_1", None),
             ("/v1/chat/completions/x", None),
+            ("/v1/videos/x/content", Some("x")),
+            ("/v1/videos", None),
+            ("/v1//videos//x/", Some("x")),
+            ("/v1/%76ideos/x%2Fy", Some("x/y")),
+            ("/v1/videos/sync", None),
+            ("/v1/images/img_0123/content", Some("img_0123")),
+            ("/v1/images/generations/img_0123", Some("img_0123")),
+            ("/v1/chat/completions/chatcmpl-1/messages", Some("chatcmpl-1")),
+            ("/v1/audio/speech", None),
+            ("/v1/some/thing/v2", None),
+            ("/v2/videos/x", None),
         ] {
             assert_eq!(answer_id(path).as_deref(), id, "{path}");
         }
@@ -568,6 +618,10 @@ mod tests {
             (Method::GET, "/v1/anything", true),
             (Method::POST, "/tokenize", true),
             (Method::POST, "/v1/responses", false),
+            (Method::POST, "/v1/videos/video_1/remix", true),
+            (Method::POST, "/v1/videos", false),
+            (Method::POST, "/v1/videos/sync", false),
+            (Method::POST, "/v1/new/api", false),
             (Method::POST, "/v1/chat/completions", false),
             (Method::POST, "/v1/embeddings", false),
         ] {

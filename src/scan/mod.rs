@@ -12,12 +12,14 @@
 //! what is compressed. `prompt` marks the prompt beside it, for those who want to send alike prompts to one place. `usage`
 //! is for the way back: it reads in an answer what that tells of its tokens.
 
+mod answer_id;
 mod encoded;
 mod json;
 mod multipart;
 mod prompt;
 mod usage;
 
+pub use answer_id::{Found, IdReader};
 use encoded::GzipScanner;
 use json::JsonScanner;
 use multipart::FormScanner;

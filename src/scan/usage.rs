@@ -124,6 +124,12 @@ impl UsageTap {
         UsageTap { framing, object: ObjectReader::new(kind == AnswerKind::Json), findings: Findings::default() }
     }
 
+    /// A tap that reads the ids of a stream's objects as well, which costs the short cuts for events that are alike: for
+    /// the beginning of a stream.
+    pub(super) fn for_id(kind: AnswerKind) -> UsageTap {
+        UsageTap { object: ObjectReader::new(true), findings: Findings::of_first_id(), ..UsageTap::new(kind) }
+    }
+
     /// Looks at the next bytes. They may be cut anywhere; how they are cut changes no result.
     pub fn feed(&mut self, payload: &[u8]) {
         match &mut self.framing {
@@ -164,6 +170,11 @@ impl UsageTap {
     /// The id of the answer if it is an object of the Responses API, which clients can ask for by it.
     pub fn answer_id(&self) -> Option<&str> {
         self.findings.answer_id()
+    }
+
+    /// The id of the answer, whatever it is.
+    pub fn id(&self) -> Option<&str> {
+        self.findings.any_id()
     }
 }
 

@@ -555,3 +555,177 @@ async fn r07_where_the_model_is_needed_it_stays_needed() {
     );
     assert_eq!(a.count(), 0);
 }
+
+// === whatever has an id ===
+
+/// How a backend may answer with an id.
+const FORMS: [&str; 8] = ["plain", "gzip", "x-gzip", "deflate", "chunked", "pieces", "events", "ndjson"];
+
+/// An answer that has `id`, in one of the forms.
+fn answer_with(id: &str, form: &str) -> Script {
+    let text =
+        format!(r#"{{"object":"thing","created_at":1,"data":[{{"id":"decoy"}}],"id":"{id}","status":"queued"}}"#);
+    let json = "content-type: application/json\r\n";
+    let compressed =
+        |coding: &str, bytes: Vec<u8>| reply("201 Created", &format!("{json}content-encoding: {coding}\r\n"), bytes);
+    match form {
+        "gzip" | "x-gzip" => {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            std::io::Write::write_all(&mut encoder, text.as_bytes()).unwrap();
+            compressed(form, encoder.finish().unwrap())
+        }
+        "deflate" => {
+            let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+            std::io::Write::write_all(&mut encoder, text.as_bytes()).unwrap();
+            compressed(form, encoder.finish().unwrap())
+        }
+        "chunked" | "pieces" => {
+            let head = format!("HTTP/1.1 202 Accepted\r\n{json}transfer-encoding: chunked\r\n\r\n");
+            let mut script = vec![Step::ReadBody, Step::Send(head.into())];
+            let size = if form == "chunked" { text.len() } else { 3 };
+            script.extend(text.as_bytes().chunks(size).map(|piece| Step::SendChunk(piece.to_vec().into())));
+            script.push(Step::Send(LAST_CHUNK.into()));
+            script
+        }
+        "events" => sse_reply(&[": ping\n\n", &format!("data: {text}\n\n"), "data: {\"id\":\"decoy\"}\n\n"]),
+        "ndjson" => {
+            reply("200 OK", "content-type: application/x-ndjson\r\n", format!("{text}\n{{\"id\":\"decoy\"}}\n"))
+        }
+        _ => json_reply(&text),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r07_whatever_was_made_is_asked_for_where_it_was_made() {
+    let (upstreams, app) = three().await;
+    let [a, b, c] = &upstreams;
+    let collections = [
+        ("/v1/videos", "/v1/videos/ID", "/v1/videos/ID/content"),
+        ("/v1/responses", "/v1/responses/ID", "/v1/responses/ID/input_items"),
+        ("/v1/images/generations", "/v1/images/ID/content", "/v1/images/generations/ID"),
+        ("/v1/video/generations", "/v1/video/generations/ID", "/v1/video/generations/ID/download"),
+        ("/v1/things", "/v1/things/ID", "/v1/things/ID/a/b"),
+        ("/v1/chat/completions", "/v1/chat/completions/ID", "/v1/chat/completions/ID/messages"),
+        ("/v1//%76ideos/", "/v1/videos/ID/", "/v1//videos/ID"),
+    ];
+    for (collection, one, below) in collections {
+        for form in FORMS {
+            // By turns, and more than once: chance is no reason to find the right one.
+            for round in 0..4 {
+                let id = format!("made-{}-{form}-{round}", collection.replace(['/', '%'], ""));
+                upstreams.iter().for_each(|upstream| upstream.always(answer_with(&id, form)));
+                let before = [a.count(), b.count(), c.count()];
+                let create = Request::post(collection, format!(r#"{{"model":"{}"}}"#, ["m", "m", "n", "m"][round]));
+                assert_eq!(app.ask(&create).await.end, End::Whole, "{collection} {form}");
+                let maker = (0..3).find(|at| upstreams[*at].count() > before[*at]).unwrap();
+                for upstream in &upstreams {
+                    upstream.always(json_reply(&format!(r#"{{"served_by":"{}"}}"#, upstream.name)));
+                }
+                for request in [
+                    Request::get(&one.replace("ID", &id)),
+                    Request::get(&below.replace("ID", &id)),
+                    Request::new("HEAD", &one.replace("ID", &id)),
+                    Request::new("POST", &format!("{}/cancel", one.replace("ID", &id))).body(""),
+                    Request::post(&format!("{}/remix", one.replace("ID", &id)), r#"{"prompt":"x"}"#),
+                    Request::new("DELETE", &one.replace("ID", &id)),
+                ] {
+                    let index = upstreams[maker].count();
+                    let answer = app.ask(&request).await;
+                    assert_eq!(answer.status, 200, "{form} {one}: {}", answer.text());
+                    assert_eq!(upstreams[maker].count(), index + 1, "{collection} {form}: {one} went elsewhere");
+                }
+            }
+        }
+    }
+    for target in ["/v1/videos/decoy", "/v1/things/decoy", "/v1/videos/made-v1things-plain-0"] {
+        assert_openai_error(&app.ask(&Request::get(target)).await, 400, "model_required");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r07_a_model_beside_an_id_does_not_lead_to_the_wrong_replica() {
+    let a = Upstream::start("a", &["m", "k"]).await;
+    let b = Upstream::start("b", &["m", "k"]).await;
+    let c = Upstream::start("c", &["n"]).await;
+    let app = TestApp::with(&[&a, &b, &c]).await;
+    for round in 0..6 {
+        let id = format!("video_{round}");
+        [&a, &b]
+            .iter()
+            .for_each(|upstream| upstream.always(json_reply(&format!(r#"{{"id":"{id}","object":"video"}}"#))));
+        let before = a.count();
+        assert_eq!(app.ask(&Request::post("/v1/videos", r#"{"model":"m","prompt":"x"}"#)).await.status, 200);
+        let (maker, other) = if a.count() > before { (&a, &b) } else { (&b, &a) };
+        for request in [
+            Request::get(&format!("/v1/videos/{id}?model=m")),
+            Request::get(&format!("/v1/videos/{id}/content?variant=thumbnail&model=m")),
+            Request::new("DELETE", &format!("/v1/videos/{id}?model=m")),
+            Request::post(&format!("/v1/videos/{id}/remix"), r#"{"model":"m","prompt":"y"}"#),
+            // Another model of the same backends.
+            Request::get(&format!("/v1/videos/{id}?model=k")),
+        ] {
+            for _ in 0..4 {
+                let (at_maker, at_other) = (maker.count(), other.count());
+                assert_eq!(app.ask(&request).await.status, 200);
+                assert_eq!((maker.count(), other.count()), (at_maker + 1, at_other), "{id}");
+            }
+        }
+        // A model that the maker does not have is meant as it is said.
+        assert_eq!(app.ask(&Request::get(&format!("/v1/videos/{id}?model=n"))).await.json()["served_by"], "c");
+        let answer = app.ask(&Request::get(&format!("/v1/videos/{id}?model=unheard"))).await;
+        assert_openai_error(&answer, 404, "model_not_found");
+    }
+    let before = (a.count(), b.count());
+    for (name, upstream) in [("a", &a), ("b", &b)] {
+        upstream.always(json_reply(&format!(r#"{{"id":"video_of_{name}"}}"#)));
+    }
+    while app.ask(&Request::post("/v1/videos", r#"{"model":"m"}"#)).await.json()["id"] != "video_of_a" {}
+    assert!(before.0 < a.count());
+    app.ended("a").await;
+    app.rotation_is(2, "a has gone").await;
+    let before = b.count();
+    for target in ["/v1/videos/video_of_a", "/v1/videos/video_of_a?model=m", "/v1/videos/video_of_a/content?model=m"] {
+        assert_openai_error(&app.ask(&Request::get(target)).await, 404, "not_found");
+    }
+    assert_eq!(b.count(), before, "it does not know what another one made");
+    assert_eq!(app.ask(&Request::get("/v1/videos/video_of_a?model=n")).await.json()["served_by"], "c");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r07_ids_are_learnt_whatever_is_measured() {
+    let (a, b) = (Upstream::start("a", &["m"]).await, Upstream::start("b", &["n"]).await);
+    let app = TestApp::start_with_backends(&[("PROXY_USAGE_METRICS", "false")], &[&a, &b]).await;
+    for (model, upstream, form) in [("m", &a, "plain"), ("n", &b, "gzip"), ("m", &a, "events")] {
+        let id = format!("thing-{form}");
+        upstream.script(answer_with(&id, form));
+        assert_eq!(app.ask(&Request::post("/v1/things", format!(r#"{{"model":"{model}"}}"#))).await.end, End::Whole);
+        let answer = app.ask(&Request::get(&format!("/v1/things/{id}"))).await;
+        assert_eq!((answer.status, answer.json()["served_by"].as_str()), (200, Some(upstream.name)), "{form}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r07_an_id_that_was_not_seen_is_the_only_backends_whatever_it_is_of() {
+    let a = Upstream::start("a", &["m", "n"]).await;
+    let app = TestApp::with(&[&a]).await;
+    let requests = [
+        Request::get("/v1/videos/video_1"),
+        Request::get("/v1/videos/video_1/content"),
+        Request::new("DELETE", "/v1/videos/video_1"),
+        Request::post("/v1/videos/video_1/remix", r#"{"prompt":"x"}"#),
+        Request::new("POST", "/v1/things/thing_0123/cancel").body(""),
+    ];
+    for request in &requests {
+        let answer = app.ask(request).await;
+        assert_eq!((answer.status, answer.json()["served_by"].as_str()), (200, Some("a")), "{}", answer.text());
+    }
+    let b = Upstream::start("b", &["o"]).await;
+    app.add(Spec::of(&b)).await;
+    let before = a.count();
+    for request in &requests {
+        let answer = app.ask(request).await;
+        assert_openai_error(&answer, 400, "model_required");
+        assert!(answer.text().contains("_"), "does not name what was asked for: {}", answer.text());
+    }
+    assert_eq!((a.count(), b.count()), (before, 0));
+}

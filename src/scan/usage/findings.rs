@@ -19,6 +19,8 @@ pub(super) struct Findings {
     filtered: bool,
     /// The id of what is or may yet turn out to be such an object.
     id: Option<Box<str>>,
+    /// The first id counts, and not the last.
+    keeps_first_id: bool,
     /// The current event carries content.
     content: bool,
     /// The current event told anything else.
@@ -93,6 +95,15 @@ impl Findings {
         self.id.as_deref().filter(|_| self.is_response)
     }
 
+    /// For an answer of which no more is wanted than its first id.
+    pub(super) fn of_first_id() -> Findings {
+        Findings { keeps_first_id: true, ..Findings::default() }
+    }
+
+    pub(super) fn any_id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
     /// A count: the last one counts, unless it is a zero that follows a number.
     pub(super) fn count(&mut self, count: Count, value: u32) {
         let found = &mut self.counts[count as usize];
@@ -124,7 +135,8 @@ impl Findings {
     }
 
     pub(super) fn id(&mut self, id: &[u8]) {
-        if self.id.as_deref().is_none_or(|known| known.as_bytes() != id) {
+        let is_settled = self.keeps_first_id && self.id.is_some();
+        if !is_settled && self.id.as_deref().is_none_or(|known| known.as_bytes() != id) {
             self.id = std::str::from_utf8(id).ok().filter(|id| !id.is_empty()).map(Box::from);
         }
         self.told = true;
