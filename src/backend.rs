@@ -21,6 +21,7 @@ use crate::{
     breaker::{CircuitBreaker, Outcome, Pass, State, Transition},
     budget::RetryBudget,
     config::Balance,
+    http1::own_address::OwnAddress,
     latency::{Awaited, Pace},
     load::ReportedLoad,
     tally::{Ended, Tally, Trouble},
@@ -28,6 +29,9 @@ use crate::{
     upstream::Upstream,
     waiting::WaitingRoom,
 };
+
+/// How much of a container's id its host is called by.
+const SHORT_ID_CHARS: usize = 12;
 
 /// What is fixed for one incarnation of a backend.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +61,8 @@ pub struct Backend {
     pub serial: u32,
     /// `Host` header for requests to it.
     pub authority: String,
+    /// What it may call itself in its answers.
+    pub own_address: OwnAddress,
     /// Connections to it.
     pub upstream: Upstream,
     /// Its load by its own account.
@@ -191,11 +197,15 @@ impl Backend {
     pub fn new(spec: BackendSpec, connect_timeout: Duration, workers: usize, now: Instant) -> Arc<Backend> {
         let authority = spec.addr.to_string();
         let upstream = Upstream::new(spec.addr, connect_timeout, workers);
+        // A container's host is called by the beginning of its id.
+        let short_id = spec.id.get(..SHORT_ID_CHARS).unwrap_or(&spec.id);
+        let own_address = OwnAddress::new(spec.addr, [spec.name.as_str(), short_id, &spec.id], &spec.base_path);
         static SERIALS: AtomicU32 = AtomicU32::new(1);
         Arc::new(Backend {
             spec,
             serial: SERIALS.fetch_add(1, Ordering::Relaxed),
             authority,
+            own_address,
             upstream,
             breaker: CircuitBreaker::new(now),
             tally: Tally::new(now),

@@ -58,7 +58,6 @@ pub enum Known {
     Expect,
     Host,
     KeepAlive,
-    Location,
     Origin,
     ProxyConnection,
     RetryAfter,
@@ -84,7 +83,6 @@ impl Known {
             4 => &[(b"host", Known::Host)],
             6 => &[(b"expect", Known::Expect), (b"origin", Known::Origin), (b"cookie", Known::Cookie)],
             7 => &[(b"upgrade", Known::Upgrade)],
-            8 => &[(b"location", Known::Location)],
             10 => &[
                 (b"connection", Known::Connection),
                 (b"keep-alive", Known::KeepAlive),
@@ -254,6 +252,11 @@ impl Lines {
             value: self.get(line.value),
             known: line.known,
         })
+    }
+
+    /// The whole head, as it came.
+    pub fn raw(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// The values of all lines with this name.

@@ -10,3 +10,4 @@
 pub mod body;
 pub mod date;
 pub mod head;
+pub mod own_address;

@@ -18,7 +18,10 @@ use super::{
     headers,
 };
 use crate::{
-    http1::head::{HeadEnd, Known, RequestHead, ResponseHead, Version},
+    http1::{
+        head::{HeadEnd, Known, RequestHead, ResponseHead, Version},
+        own_address::OwnAddress,
+    },
     replay::{BodyFault, Cursor, Replay},
     upstream::Lease,
 };
@@ -107,6 +110,7 @@ impl Attempt {
         request: &RequestHead,
         upgrades: bool,
         limit: Option<Duration>,
+        own_address: &OwnAddress,
     ) -> Result<ResponseHead, Stop> {
         let mut timer = limit.map(|limit| (limit, Box::pin(sleep(limit))));
         let mut is_held_up = false;
@@ -143,7 +147,7 @@ impl Attempt {
                         // The client was told to go on by the proxy, and HTTP/1.0 knows no interim answers.
                         let passes = head.status != StatusCode::CONTINUE && request.version == Version::Http11;
                         if passes && client.outbox().len() < INTERIM_BYTES_MAX {
-                            headers::push_interim(client.outbox(), &head);
+                            headers::push_interim(client.outbox(), &head, own_address);
                         }
                     }
                     Poll::Ready(Ok(head)) => return Poll::Ready(Ok(head)),
@@ -312,6 +316,10 @@ pub(super) mod tests {
         (Client::new(here, Vec::new(), patience, closing), there, Attempt::new(lease, b"head".to_vec()), backend)
     }
 
+    pub(in crate::proxy) fn own_address() -> OwnAddress {
+        OwnAddress::new(SocketAddr::from(([127, 0, 0, 1], 1)), [], "/v1")
+    }
+
     fn replay() -> Replay {
         Replay::new(Framing::Length(1 << 30), None, &BodyLimits::new(u64::MAX, usize::MAX))
     }
@@ -319,8 +327,8 @@ pub(super) mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_body_that_stands_still_once_its_model_is_known_has_an_end() {
         let (mut client, _there, mut attempt, _backend) = under_way(64 * 1024).await;
-        let (mut replay, head) = (replay(), RequestHead::default());
-        let answer = attempt.answer(&mut client, &mut replay, &head, false, None);
+        let (mut replay, head, own) = (replay(), RequestHead::default(), own_address());
+        let answer = attempt.answer(&mut client, &mut replay, &head, false, None, &own);
         let stopped = tokio::time::timeout(Duration::from_secs(600), answer).await;
         assert!(matches!(stopped, Ok(Err(Stop::TooSlow))), "{stopped:?}");
     }

@@ -11,6 +11,7 @@ use crate::{
         body::Framing,
         date::push_date,
         head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
+        own_address::{Concealed, OwnAddress},
     },
 };
 
@@ -125,10 +126,8 @@ pub struct ToClient<'a> {
     pub framing: Delivery,
     /// What every answer says.
     pub common: Common<'a>,
-    /// The backend's address and the prefix of its API, which mean nothing to the client.
-    pub authority: &'a str,
-    /// Prefix of the backend's API.
-    pub base_path: &'a str,
+    /// The backend's address, which means nothing to the client.
+    pub own_address: &'a OwnAddress,
 }
 
 /// How a client is told where a body ends.
@@ -176,6 +175,7 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
         to.framing == Delivery::AsIs && head.framing != Framing::Chunked && may_have_length(head.status);
     // 426 says with it what the client is to use instead (RFC 9110, 15.5.22).
     let demands_upgrade = head.status == StatusCode::UPGRADE_REQUIRED && lines.has(Known::Upgrade);
+    let may_tell = to.own_address.may_stand_in(lines.raw());
     let keeps_upgrade = demands_upgrade || to.common.connection == Persistence::Upgrade;
     for header in lines.iter() {
         match header.known {
@@ -185,16 +185,11 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
             // Two equal ones may come; one goes.
             Known::ContentLength if !std::mem::replace(&mut may_say_length, false) => continue,
             Known::AllowOrigin if to.common.cross_origin.is_allowed() => continue,
-            Known::Location => {
-                let here = hide_backend(header.value, to.authority, to.base_path);
-                push_line(out, header.name, here.as_deref().unwrap_or(header.value));
-                continue;
-            }
             // There will be none.
             Known::Other if to.framing == Delivery::UntilClose && is_trailer(&header) => continue,
             _ => {}
         }
-        push_line(out, header.name, header.value);
+        push_passed(out, &header, may_tell.then_some(to.own_address));
     }
     let request_id = match lines.first(Known::XRequestId) {
         Some(theirs) => theirs,
@@ -217,16 +212,25 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
     push_end(out, to.framing, &to.common);
 }
 
-/// Appends an interim answer.
-pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead) {
+/// Appends an interim answer of a backend that has this address.
+pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead, own_address: &OwnAddress) {
     push_status(out, head.status.as_u16(), head.reason());
     for header in head.lines.iter() {
         let ends_here = header.known.is_hop_by_hop() || head.lines.is_named_by_connection(&header);
         if !ends_here && header.known != Known::ContentLength {
-            push_line(out, header.name, header.value);
+            push_passed(out, &header, Some(own_address));
         }
     }
     out.extend_from_slice(b"\r\n");
+}
+
+/// Appends a line of a backend's, without its address where it may tell that.
+fn push_passed(out: &mut Vec<u8>, header: &Header<'_>, may_tell: Option<&OwnAddress>) {
+    match may_tell.map(|own_address| own_address.conceal(header.name, header.value)) {
+        None | Some(Concealed::AsIs) => push_line(out, header.name, header.value),
+        Some(Concealed::Changed(value)) => push_line(out, header.name, &value),
+        Some(Concealed::Dropped) => {}
+    }
 }
 
 /// Appends the head of an answer of the proxy's own, whose body has `length` bytes.
@@ -356,21 +360,6 @@ fn push_ip(out: &mut Vec<u8>, ip: IpAddr) {
     }
 }
 
-/// Makes a redirect to the backend itself one to the same place here: its address means nothing to the client, and its
-/// base path stands for `/v1`. `None` if it leads elsewhere.
-fn hide_backend(location: &[u8], authority: &str, base_path: &str) -> Option<Vec<u8>> {
-    let rest = location.strip_prefix(b"http:").unwrap_or(location).strip_prefix(b"//")?;
-    let path = rest.strip_prefix(authority.as_bytes()).filter(|path| matches!(path, [] | [b'/' | b'?' | b'#', ..]))?;
-    match path.strip_prefix(base_path.as_bytes()) {
-        Some(rest) if rest.starts_with(b"/") => Some([b"/v1", rest].concat()),
-        // One slash: behind two, a browser expects a host, and takes a backslash for one.
-        _ => {
-            let slashes = path.iter().take_while(|byte| matches!(byte, b'/' | b'\\')).count();
-            Some([b"/", &path[slashes..]].concat())
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -398,11 +387,15 @@ mod tests {
         String::from_utf8(out).unwrap().replace("\r\n", "\n")
     }
 
+    fn own_address() -> OwnAddress {
+        OwnAddress::new("10.0.0.1:8000".parse().unwrap(), ["vllm-1"], "/api/v1")
+    }
+
     fn answered(text: &str, framing: Delivery, connection: Persistence, origin: Option<&[u8]>) -> String {
         let head = ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap();
         let cross_origin = origin.map_or(CrossOrigin::Unsaid, CrossOrigin::Allowed);
         let common = Common { request_id: b"id-1", dialect: Dialect::OpenAi, connection, cross_origin };
-        let to = ToClient { framing, common, authority: "10.0.0.1:8000", base_path: "/api/v1" };
+        let to = ToClient { framing, common, own_address: &own_address() };
         let mut out = Vec::new();
         push_response(&mut out, &head, &to);
         String::from_utf8(out).unwrap().replace("\r\n", "\n")
@@ -511,7 +504,7 @@ mod tests {
             let head = ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap();
             let (connection, cross_origin) = (Persistence::Unsaid, CrossOrigin::Unsaid);
             let common = Common { request_id: b"id-1", dialect, connection, cross_origin };
-            let to = ToClient { framing: Delivery::AsIs, common, authority: "b", base_path: "/v1" };
+            let to = ToClient { framing: Delivery::AsIs, common, own_address: &own_address() };
             let mut out = Vec::new();
             push_response(&mut out, &head, &to);
             String::from_utf8(out)
@@ -602,7 +595,7 @@ mod tests {
         let text = "HTTP/1.1 103 Early Hints\nLink: a\nContent-Length: 5\nTransfer-Encoding: chunked\nConnection: x-hop\n\
                     X-Hop: 1\n\n";
         let mut out = Vec::new();
-        push_interim(&mut out, &ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap());
+        push_interim(&mut out, &ResponseHead::read(text.replace('\n', "\r\n").as_bytes()).unwrap(), &own_address());
         assert_eq!(out, b"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n");
     }
 
@@ -625,8 +618,8 @@ mod tests {
             assert!(sent.contains(&format!("\nLocation: {to}\n")), "{from}: {sent}");
         }
         // Nor if they hold something that is not UTF-8.
-        let hidden = hide_backend(b"http://10.0.0.1:8000/\xe9", "10.0.0.1:8000", "/v1");
-        assert_eq!(hidden.as_deref(), Some(&b"/\xe9"[..]));
+        let hidden = own_address().conceal(b"location", b"http://10.0.0.1:8000/\xe9");
+        assert_eq!(hidden, Concealed::Changed(b"/\xe9".to_vec()));
     }
 
     #[test]

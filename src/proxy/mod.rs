@@ -495,12 +495,7 @@ impl Proxy {
             connection => connection,
         };
         let backend = in_flight.backend();
-        let to = ToClient {
-            framing: delivery,
-            common: asked.common(connection),
-            authority: &backend.authority,
-            base_path: &backend.spec.base_path,
-        };
+        let to = ToClient { framing: delivery, common: asked.common(connection), own_address: &backend.own_address };
         headers::push_response(client.outbox(), &head, &to);
         // An event can be added only where the end is not announced and the bytes are not compressed.
         let can_add_events =

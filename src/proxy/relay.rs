@@ -341,7 +341,11 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
-    use crate::{http1::head::RequestHead, proxy::attempt::tests::under_way, replay::BodyLimits};
+    use crate::{
+        http1::head::RequestHead,
+        proxy::attempt::tests::{own_address, under_way},
+        replay::BodyLimits,
+    };
 
     struct Nobody;
 
@@ -359,7 +363,10 @@ mod tests {
             let mut replay = Replay::new(Framing::Empty, None, &BodyLimits::new(u64::MAX, usize::MAX));
             backend.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
             backend.write_all(&body).await.unwrap();
-            attempt.answer(&mut client, &mut replay, &RequestHead::default(), false, None).await.unwrap();
+            attempt
+                .answer(&mut client, &mut replay, &RequestHead::default(), false, None, &own_address())
+                .await
+                .unwrap();
             let mut relay = Relay::new(framing, delivery, None);
             let mut watch = Nobody;
             let relaying = relay.run(&mut client, &mut attempt, &mut replay, &mut watch);

@@ -90,7 +90,7 @@ impl Proxy {
                     headers::push_request(&mut sent, asked.head, &to);
                     let mut attempt = Attempt::new(lease, sent);
                     let limit = self.head_limit().map(|(limit, _)| limit);
-                    match attempt.answer(client, replay, asked.head, upgrades, limit).await {
+                    match attempt.answer(client, replay, asked.head, upgrades, limit, &backend.own_address).await {
                         Ok(head) => {
                             let outcome =
                                 failure::outcome(head.status, head.lines.first(Known::RetryAfter), SystemTime::now);

@@ -824,3 +824,76 @@ async fn h01_two_content_types_are_refused() {
     assert_eq!(app.ask(&request).await.status, 400);
     assert_eq!(upstream.count(), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r11_no_header_of_an_answer_tells_the_backends_address() {
+    let upstream = Upstream::start("engine-1", &["m"]).await;
+    let app = TestApp::start().await;
+    app.add(Spec::of(&upstream).label("inference.api.base_path", "/api/v1")).await;
+    let (ip, port) = (upstream.addr.ip().to_string(), upstream.addr.port());
+    let encoded = ip.replace('.', "%2E");
+    for authority in [
+        format!("http://{ip}:{port}"),
+        format!("https://{ip}:{port}"),
+        format!("HTTPS://{ip}:{port}"),
+        format!("wss://{ip}:{port}"),
+        format!("//{ip}:{port}"),
+        format!("https://{ip}"),
+        format!("http://{ip}"),
+        format!("https://user:secret@{ip}:{port}"),
+        format!("http://{encoded}:{port}"),
+        format!("http%3A%2F%2F{ip}%3A{port}"),
+        format!("http://2130706433:{port}"),
+        format!("http://[::ffff:{ip}]:{port}"),
+        format!("http://Engine-1:{port}"),
+        "https://engine-1".to_owned(),
+        format!("http://localhost:{port}"),
+    ] {
+        let headers = format!(
+            "Location: {authority}/api/v1/things?x=1\r\nContent-Location: {authority}/api/v1/things?x=1\r\n\
+             Refresh: 5; url={authority}/api/v1/things?x=1\r\nOperation-Location: {authority}/api/v1/things?x=1\r\n\
+             Link: <{authority}/api/v1/things?x=1>; rel=\"next\", <https://example.org/x>; rel=a\r\n"
+        );
+        for status in ["200 OK", "201 Created", "307 Temporary Redirect", "404 Not Found"] {
+            upstream.script(reply(status, &headers, "{}"));
+            let answer = app.ask(&Request::chat("m")).await;
+            let what = format!("{authority}: {:?}", answer.head);
+            for name in ["location", "content-location", "operation-location"] {
+                assert_eq!(answer.header(name), Some("/v1/things?x=1"), "{name}: {what}");
+            }
+            assert_eq!(answer.header("refresh"), Some("5; url=/v1/things?x=1"), "{what}");
+            let link = "</v1/things?x=1>; rel=\"next\", <https://example.org/x>; rel=a";
+            assert_eq!(answer.header("link"), Some(link), "{what}");
+        }
+    }
+    let (address, lines) = (format!("{ip}:{port}"), |address: &str| {
+        format!(
+            "alt-svc: h2=\"{address}\"; ma=60\r\nset-cookie: a=1; Domain={ip}; Path=/\r\nx-served-by: {address}\r\n\
+             access-control-allow-origin: http://{address}\r\nwww-authenticate: Bearer resource_metadata=\"http://{address}/x\"\r\n"
+        )
+    });
+    upstream.script(reply("401 Unauthorized", &lines(&address), "{}"));
+    let answer = app.ask(&Request::chat("m")).await;
+    let raw = String::from_utf8_lossy(&answer.head.raw).into_owned();
+    assert!(!raw.contains(&ip), "{raw}");
+    assert_eq!((answer.header("alt-svc"), answer.header("set-cookie")), (None, Some("a=1; Path=/")));
+    assert_eq!(answer.header("www-authenticate"), Some("Bearer resource_metadata=\"/x\""));
+    // Hints that come ahead of the answer.
+    let mut script = vec![
+        Step::ReadBody,
+        Step::Send(
+            format!("HTTP/1.1 103 Early Hints\r\nlink: <http://{address}/api/v1/style>; rel=preload\r\n\r\n").into(),
+        ),
+    ];
+    script.extend(json_reply("{}"));
+    upstream.script(script);
+    let mut client = app.client().await;
+    client.send(Request::chat("m").bytes()).await;
+    let hints = client.any_head().await.unwrap();
+    assert_eq!((hints.word(1), hints.header("link")), ("103", Some("</v1/style>; rel=preload")));
+    // What leads elsewhere passes.
+    for value in ["https://example.org/x", "http://127.0.0.1:1/x", "/api/v1/x", "things/1", "//example.org/x"] {
+        upstream.script(reply("201 Created", &format!("location: {value}\r\n"), "{}"));
+        assert_eq!(app.ask(&Request::chat("m")).await.header("location"), Some(value));
+    }
+}

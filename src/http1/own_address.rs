@@ -1,0 +1,543 @@
+//! A backend's own address in the headers of its answers, in whatever spelling: it means nothing to a client, and is not
+//! for it to know.
+//!
+//! A URL that leads to the backend itself becomes the path of the same place here. Spellings are compared by what they
+//! mean to browsers (WHATWG URL): any case, `http`, `https`, `ws`, `wss` or no scheme, slashes of both kinds, a user in
+//! front, no port or the default one, numbers of any base, every form of an IPv6 address, escapes within escapes. Where an
+//! address with its port stands alone, a dash takes its place.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use memchr::{memchr3, memmem};
+
+/// What a backend may call itself.
+#[derive(Debug)]
+pub struct OwnAddress {
+    ip: IpAddr,
+    port: u16,
+    /// In lower case. They count only where a URL has its host.
+    names: Vec<String>,
+    /// Prefix of its API, which is `/v1` here.
+    base_path: String,
+    /// Looks for its address as it is usually written.
+    plain: memmem::Finder<'static>,
+    slashes: memmem::Finder<'static>,
+}
+
+/// What becomes of a header.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Concealed {
+    /// It says nothing of the backend's address.
+    AsIs,
+    /// It says this.
+    Changed(Vec<u8>),
+    /// It is about nothing but the address.
+    Dropped,
+}
+
+/// A value with its escapes undone, and where each byte of it came from.
+#[derive(Debug)]
+struct Decoded<'v> {
+    raw: &'v [u8],
+    bytes: Vec<u8>,
+    /// Where each of the bytes begins in `raw`, and the end.
+    starts: Vec<usize>,
+}
+
+/// A scheme of a URL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scheme {
+    Plain,
+    Secure,
+    Unsaid,
+}
+
+impl OwnAddress {
+    /// The address of a backend at `addr` whose container has these names, with its API below `base_path`.
+    pub fn new<'n>(addr: SocketAddr, names: impl IntoIterator<Item = &'n str>, base_path: &str) -> OwnAddress {
+        let ip = addr.ip().to_canonical();
+        let names = names.into_iter().filter(|name| !name.is_empty()).map(str::to_ascii_lowercase).collect();
+        OwnAddress {
+            ip,
+            port: addr.port(),
+            names,
+            base_path: base_path.to_owned(),
+            plain: memmem::Finder::new(ip.to_string().as_bytes()).into_owned(),
+            slashes: memmem::Finder::new(b"//").into_owned(),
+        }
+    }
+
+    /// Whether the address may stand in these bytes, in any spelling. Most heads are done with after this.
+    pub fn may_stand_in(&self, bytes: &[u8]) -> bool {
+        self.slashes.find(bytes).is_some()
+            || memchr3(b'\\', b'%', b'[', bytes).is_some()
+            || self.plain.find(bytes).is_some()
+    }
+
+    /// What the header `name` may say to a client.
+    pub fn conceal(&self, name: &[u8], value: &[u8]) -> Concealed {
+        if !self.may_stand_in(value) {
+            return Concealed::AsIs;
+        }
+        if name.eq_ignore_ascii_case(b"alt-svc") {
+            // `h2="host:port"`: another way to the same server, which is the backend's affair.
+            let is_own = |alternative: &[u8]| self.is_own_authority(alternative, Scheme::Unsaid);
+            let mut quoted = value.split(|byte| *byte == b'"').skip(1).step_by(2);
+            return if quoted.any(is_own) { Concealed::Dropped } else { Concealed::AsIs };
+        }
+        let cookie = if name.eq_ignore_ascii_case(b"set-cookie") { self.without_domain(value) } else { None };
+        let replaced = self.replaced(cookie.as_deref().unwrap_or(value));
+        replaced.or(cookie).map_or(Concealed::AsIs, Concealed::Changed)
+    }
+
+    /// A cookie for the backend's host alone becomes one for the host that the client knows.
+    fn without_domain(&self, cookie: &[u8]) -> Option<Vec<u8>> {
+        let is_own_domain = |attribute: &[u8]| {
+            let attribute = attribute.trim_ascii();
+            let Some((name, value)) = attribute.split_at_checked(b"domain=".len()) else { return false };
+            let host = value.strip_prefix(b".").unwrap_or(value);
+            name.eq_ignore_ascii_case(b"domain=") && self.is_own_authority(host, Scheme::Unsaid)
+        };
+        let attributes = || cookie.split(|byte| *byte == b';');
+        if !attributes().skip(1).any(is_own_domain) {
+            return None;
+        }
+        let kept = attributes().enumerate().filter(|(index, attribute)| *index == 0 || !is_own_domain(attribute));
+        Some(kept.map(|(_, attribute)| attribute).collect::<Vec<_>>().join(&b';'))
+    }
+
+    /// The value with every spelling of the address replaced, if there is one.
+    fn replaced(&self, value: &[u8]) -> Option<Vec<u8>> {
+        let decoded = Decoded::of(value);
+        let bytes = &decoded.bytes;
+        let (mut out, mut copied, mut at) = (Vec::new(), 0, 0);
+        let mut any = false;
+        while at < bytes.len() {
+            let (from, to) = if let Some((scheme, authority)) = decoded.url_at(at) {
+                let end = decoded.end_of_authority(authority);
+                if !self.is_own_authority(&bytes[authority..end], scheme) {
+                    at = authority.max(at + 1);
+                    continue;
+                }
+                out.extend_from_slice(&value[copied..decoded.starts[at]]);
+                (at, self.push_place(&decoded, end, &mut out))
+            } else if let Some(end) = self.bare_at(bytes, at) {
+                out.extend_from_slice(&value[copied..decoded.starts[at]]);
+                out.push(b'-');
+                (at, end)
+            } else {
+                at += 1;
+                continue;
+            };
+            any = true;
+            copied = decoded.starts[to];
+            at = to.max(from + 1);
+        }
+        out.extend_from_slice(&value[copied..]);
+        any.then_some(out)
+    }
+
+    /// Writes the place here that stands for the one on the backend whose path begins at `at`; returns what it stands for.
+    fn push_place(&self, decoded: &Decoded<'_>, at: usize, out: &mut Vec<u8>) -> usize {
+        let bytes = &decoded.bytes;
+        let is_slash = |index: usize| bytes.get(index).is_some_and(|byte| matches!(byte, b'/' | b'\\'));
+        let is_escaped = is_slash(at) && decoded.is_escaped(at);
+        out.extend_from_slice(if is_escaped { b"%2F" } else { b"/" });
+        let base_path = self.base_path.as_bytes();
+        let below = at + base_path.len();
+        let is_below = bytes[at..].starts_with(base_path)
+            && (is_slash(below)
+                || !base_path.is_empty() && bytes.get(below).is_none_or(|byte| b"?#>\"', ;)&".contains(byte)));
+        if is_below {
+            out.extend_from_slice(b"v1");
+            return below;
+        }
+        // One slash: behind two, a browser expects a host, and takes a backslash for one.
+        (at..bytes.len())
+            .find(|index| !is_slash(*index) || decoded.is_escaped(*index) != is_escaped)
+            .unwrap_or(bytes.len())
+    }
+
+    /// The end of the address with its port, if that stands at `at` by itself.
+    fn bare_at(&self, bytes: &[u8], at: usize) -> Option<usize> {
+        let is_begin = at == 0 || !is_word(bytes[at - 1]);
+        if !is_begin || !(bytes[at] == b'[' || bytes[at].is_ascii_hexdigit()) {
+            return None;
+        }
+        let host_end = match bytes[at] {
+            b'[' => at + bytes[at..].iter().position(|byte| *byte == b']')? + 1,
+            _ => at + bytes[at..].iter().position(|byte| !(byte.is_ascii_alphanumeric() || *byte == b'.'))?,
+        };
+        let digits = bytes.get(host_end..)?.strip_prefix(b":")?;
+        let digits = digits.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let end = host_end + 1 + digits;
+        // With its own port alone: without one it may be anything, such as a client's.
+        let is_own = port_of(&bytes[host_end + 1..end])? == self.port && self.is_own_ip(&bytes[at..host_end]);
+        (is_own && bytes.get(end).is_none_or(|byte| !is_word(*byte))).then_some(end)
+    }
+
+    /// Whether this is the backend, as the authority of a URL: with a user or without, with a port or without.
+    fn is_own_authority(&self, authority: &[u8], scheme: Scheme) -> bool {
+        let host_at = authority.iter().rposition(|byte| *byte == b'@').map_or(0, |at| at + 1);
+        let (host, port) = split_port(&authority[host_at..]);
+        let port = match port {
+            [] | [b':'] => None,
+            [b':', digits @ ..] => match port_of(digits) {
+                Some(80) if scheme != Scheme::Secure => None,
+                Some(443) if scheme != Scheme::Plain => None,
+                None => return false,
+                port => port,
+            },
+            _ => return false,
+        };
+        let is_port = port.is_none_or(|port| port == self.port);
+        if self.is_own_ip(host) {
+            return is_port;
+        }
+        let host = host.strip_suffix(b".").unwrap_or(host);
+        let is_local = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified();
+        // What it calls itself from within.
+        if host.eq_ignore_ascii_case(b"localhost") || ip_of(host).is_some_and(is_local) {
+            let is_default =
+                matches!((self.port, scheme), (80, Scheme::Plain | Scheme::Unsaid) | (443, Scheme::Secure));
+            return port == Some(self.port) || port.is_none() && is_default;
+        }
+        is_port && self.names.iter().any(|name| name.as_bytes().eq_ignore_ascii_case(host))
+    }
+
+    fn is_own_ip(&self, host: &[u8]) -> bool {
+        ip_of(host.strip_suffix(b".").unwrap_or(host)) == Some(self.ip)
+    }
+}
+
+// === impl Decoded ===
+
+impl<'v> Decoded<'v> {
+    fn of(raw: &'v [u8]) -> Decoded<'v> {
+        let (mut bytes, mut starts) = (Vec::with_capacity(raw.len()), Vec::with_capacity(raw.len() + 1));
+        let escaped = |at: usize| Some(hex(*raw.get(at)?)? << 4 | hex(*raw.get(at + 1)?)?);
+        let mut at = 0;
+        while at < raw.len() {
+            let start = at;
+            let mut byte = raw[at];
+            at += 1;
+            // Escapes may be escaped themselves: `%252F`.
+            while byte == b'%'
+                && let Some(decoded) = escaped(at)
+            {
+                byte = decoded;
+                at += 2;
+            }
+            // Browsers leave tabs out.
+            if byte != b'\t' || at > start + 1 {
+                bytes.push(byte);
+                starts.push(start);
+            }
+        }
+        starts.push(raw.len());
+        Decoded { raw, bytes, starts }
+    }
+
+    fn is_escaped(&self, index: usize) -> bool {
+        self.raw[self.starts[index]] == b'%'
+    }
+
+    /// If a URL with a host may begin at `at`: its scheme, and where its authority begins.
+    fn url_at(&self, at: usize) -> Option<(Scheme, usize)> {
+        let rest = &self.bytes[at..];
+        let before = at.checked_sub(1).map(|before| self.bytes[before]);
+        let slashes = |rest: &[u8]| rest.iter().take_while(|byte| matches!(byte, b'/' | b'\\')).count();
+        let begins = |scheme: &str| {
+            let is_it = rest.get(..scheme.len()).is_some_and(|head| head.eq_ignore_ascii_case(scheme.as_bytes()));
+            is_it.then_some(scheme.len())
+        };
+        let scheme = match rest[0] {
+            b'h' | b'H' | b'w' | b'W' if before.is_none_or(|before| !before.is_ascii_alphanumeric()) => None
+                .or_else(|| begins("https:").or_else(|| begins("wss:")).map(|length| (Scheme::Secure, length)))
+                .or_else(|| begins("http:").or_else(|| begins("ws:")).map(|length| (Scheme::Plain, length))),
+            _ => None,
+        };
+        if let Some((scheme, length)) = scheme {
+            return Some((scheme, at + length + slashes(&rest[length..])));
+        }
+        let is_begin = before.is_none_or(|before| b" <>\"'=,;(|".contains(&before));
+        match slashes(rest) {
+            2.. if is_begin => Some((Scheme::Unsaid, at + slashes(rest))),
+            _ => None,
+        }
+    }
+
+    fn end_of_authority(&self, begin: usize) -> usize {
+        let ends = |byte: &u8| byte.is_ascii_whitespace() || b"/\\?#\"'<>,;)&|".contains(byte);
+        self.bytes[begin..].iter().position(ends).map_or(self.bytes.len(), |length| begin + length)
+    }
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':')
+}
+
+/// A host, and its port with the colon.
+fn split_port(authority: &[u8]) -> (&[u8], &[u8]) {
+    let from = authority.iter().position(|byte| *byte == b']').unwrap_or(0);
+    let at = authority[from..].iter().position(|byte| *byte == b':').map_or(authority.len(), |at| from + at);
+    authority.split_at(at)
+}
+
+fn port_of(digits: &[u8]) -> Option<u16> {
+    let is_number = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(digits).ok().filter(|_| is_number)?.parse().ok()
+}
+
+/// The address that a host of a URL is, if it is one.
+fn ip_of(host: &[u8]) -> Option<IpAddr> {
+    match host {
+        [b'[', inner @ .., b']'] => {
+            let address = inner.split(|byte| *byte == b'%').next()?;
+            let address: Ipv6Addr = std::str::from_utf8(address).ok()?.parse().ok()?;
+            Some(IpAddr::V6(address).to_canonical())
+        }
+        _ => ipv4_of(host).map(IpAddr::V4),
+    }
+}
+
+/// An IPv4 address as browsers read it: up to four numbers, of base 8, 10 or 16, of which the last fills what is left.
+fn ipv4_of(host: &[u8]) -> Option<Ipv4Addr> {
+    const PARTS_MAX: usize = 4;
+    if host.is_empty() || host.len() > 64 {
+        return None;
+    }
+    let mut parts = [0u64; PARTS_MAX];
+    let mut count = 0;
+    for part in host.split(|byte| *byte == b'.') {
+        let text = std::str::from_utf8(part).ok().filter(|text| !text.starts_with(['+', '-']))?;
+        *parts.get_mut(count)? = match part {
+            [] => return None,
+            [b'0', b'x' | b'X'] => 0,
+            [b'0', b'x' | b'X', ..] => u64::from_str_radix(&text[2..], 16).ok()?,
+            [b'0', _, ..] => u64::from_str_radix(&text[1..], 8).ok()?,
+            _ => text.parse().ok()?,
+        };
+        count += 1;
+    }
+    let (last, first) = parts[..count].split_last()?;
+    let room = 8 * (PARTS_MAX + 1 - count) as u32;
+    if first.iter().any(|part| *part > 255) || *last >> room != 0 {
+        return None;
+    }
+    let high = first.iter().zip([24, 16, 8]).map(|(part, shift)| part << shift).sum::<u64>();
+    u32::try_from(high | *last).ok().map(Ipv4Addr::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn own(addr: &str, base_path: &str) -> OwnAddress {
+        OwnAddress::new(addr.parse().unwrap(), ["vllm-1", "0123456789ab"], base_path)
+    }
+
+    fn concealed(own: &OwnAddress, name: &str, value: &str) -> String {
+        match own.conceal(name.as_bytes(), value.as_bytes()) {
+            Concealed::AsIs => value.to_owned(),
+            Concealed::Changed(to) => {
+                assert_ne!(to, value.as_bytes(), "it has not changed");
+                String::from_utf8(to).unwrap()
+            }
+            Concealed::Dropped => "dropped".to_owned(),
+        }
+    }
+
+    #[test]
+    fn every_spelling_of_the_address_becomes_a_place_here() {
+        let own = own("10.0.0.1:8000", "/api/v1");
+        for spelling in [
+            "http://10.0.0.1:8000",
+            "https://10.0.0.1:8000",
+            "HTTPS://10.0.0.1:8000",
+            "ws://10.0.0.1:8000",
+            "wss://10.0.0.1:8000",
+            "//10.0.0.1:8000",
+            "http://10.0.0.1",
+            "https://10.0.0.1",
+            "//10.0.0.1",
+            "http://10.0.0.1:80",
+            "https://10.0.0.1:443",
+            "http://10.0.0.1:",
+            "http://10.0.0.1:08000",
+            "http://10.0.0.1.:8000",
+            "http://user@10.0.0.1:8000",
+            "http://user:p%40ss@10.0.0.1:8000",
+            "http://a@b@10.0.0.1:8000",
+            "http://10%2E0.0%2e1:8000",
+            "http://10.0.0.1%3A8000",
+            "http%3A%2F%2F10.0.0.1%3A8000",
+            "http:%252F%252F10.0.0.1:8000",
+            "http://0x0a000001:8000",
+            "http://0X0A.0.0.0x1:8000",
+            "http://167772161:8000",
+            "http://012.0.0.01:8000",
+            "http://10.1:8000",
+            "http://10.0.1:8000",
+            "http://[::ffff:10.0.0.1]:8000",
+            "http://[::FFFF:0a00:0001]:8000",
+            "http:/10.0.0.1:8000",
+            "http:10.0.0.1:8000",
+            "http:///10.0.0.1:8000",
+            "http:\\\\10.0.0.1:8000",
+            "/\\10.0.0.1:8000",
+            "ht\ttp://10.0\t.0.1:8000",
+            "http://vllm-1:8000",
+            "https://VLLM-1",
+            "//vllm-1.:8000",
+            "http://0123456789ab:8000",
+            "http://localhost:8000",
+            "http://127.0.0.1:8000",
+            "http://0.0.0.0:8000",
+            "http://[::1]:8000",
+            "http://[::]:8000",
+        ] {
+            for (path, place) in [
+                ("/docs?x=1#y", "/docs?x=1#y"),
+                ("/api/v1/models/?x", "/v1/models/?x"),
+                ("/api/v1", "/v1"),
+                ("/api/v1?x", "/v1?x"),
+                ("/api/v1beta", "/api/v1beta"),
+                ("", "/"),
+                ("?x=1", "/?x=1"),
+                ("#x", "/#x"),
+                ("//example.org/x", "/example.org/x"),
+                ("/\\example.org/x", "/example.org/x"),
+                ("/api/v1//x", "/v1//x"),
+            ] {
+                let value = format!("{spelling}{path}");
+                assert_eq!(concealed(&own, "location", &value), place, "{value}");
+                assert_eq!(
+                    concealed(&own, "refresh", &format!("0; url={value}")),
+                    format!("0; url={place}"),
+                    "{value}"
+                );
+                if !path.contains(['?', '#']) {
+                    let link = |place: &str| format!("<https://example.org/x>; rel=a, <{place}>; rel=\"next\"");
+                    assert_eq!(concealed(&own, "link", &link(&value)), link(place), "{value}");
+                }
+            }
+        }
+        // As a part of a URL that leads elsewhere.
+        for (value, expected) in [
+            ("https://sso.example/?to=http%3A%2F%2F10.0.0.1%3A8000%2Fa&x=1", "https://sso.example/?to=%2Fa&x=1"),
+            ("https://sso.example/?to=http://10.0.0.1:8000/api/v1/a", "https://sso.example/?to=/v1/a"),
+            ("/login?to=https%3A%2F%2F10.0.0.1%2Fapi%2Fv1%2Fa", "/login?to=%2Fv1%2Fa"),
+            ("http://10.0.0.1:8000/a?to=http://10.0.0.1:8000/b", "/a?to=/b"),
+            ("http://a;b@10.0.0.1:8000/x", "http://a;b@-/x"),
+        ] {
+            assert_eq!(concealed(&own, "location", value), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn what_leads_elsewhere_is_left_alone() {
+        let own = own("10.0.0.1:8000", "/api/v1");
+        for value in [
+            "http://10.0.0.1:80001/x",
+            "http://10.0.0.1:8001/x",
+            "http://10.0.0.10:8000/x",
+            "http://110.0.0.1:8000/x",
+            "http://10.0.0.1.example.org:8000/x",
+            "http://10.0.0.1@example.org/x",
+            "http://example.org/10.0.0.1",
+            "http://example.org/vllm-1:8000",
+            "https://example.org/x",
+            "https://localhost/x",
+            "http://localhost:3000/x",
+            "http://127.0.0.1/x",
+            "http://[fd00::1]:8000/x",
+            "http://vllm-2:8000/x",
+            "//example.org/x",
+            "/api/v1/x",
+            "/x//10.0.0.1",
+            "mailto:10.0.0.1",
+            "vllm-1:8000",
+            "10.0.0.1",
+            "10.0.0.1:80",
+            "application/json; version=10.0.0.1",
+            "%",
+            "%2",
+            "http://",
+            "http:",
+            "//",
+            "[",
+            "[::1",
+            "",
+        ] {
+            for name in ["location", "x-any"] {
+                assert_eq!(own.conceal(name.as_bytes(), value.as_bytes()), Concealed::AsIs, "{name}: {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_headers_say_nothing_of_it_either() {
+        let own = own("10.0.0.1:8000", "/v1");
+        for (name, value, expected) in [
+            ("Alt-Svc", "h2=\"10.0.0.1:8000\"; ma=60", "dropped"),
+            ("alt-svc", "h3=\":443\", h2=\"[::ffff:a00:1]:8000\"", "dropped"),
+            ("alt-svc", "h3=\":443\"; ma=60, h2=\"cdn.example://\"", "h3=\":443\"; ma=60, h2=\"cdn.example://\""),
+            ("Set-Cookie", "a=1; Domain=10.0.0.1; Path=/", "a=1; Path=/"),
+            ("set-cookie", "a=10.0.0.1;domain=.10.0.0.1", "a=10.0.0.1"),
+            ("set-cookie", "a=http://10.0.0.1:8000/x; Domain=example.org", "a=/x; Domain=example.org"),
+            ("X-Served-By", "10.0.0.1:8000", "-"),
+            ("x-upstream", "a, 10.0.0.1:8000, [::ffff:10.0.0.1]:8000", "a, -, -"),
+            ("www-authenticate", "Basic realm=\"10.0.0.1:8000\"", "Basic realm=\"-\""),
+            ("Access-Control-Allow-Origin", "http://10.0.0.1:8000", "/"),
+            ("content-security-policy", "connect-src 'self' ws://10.0.0.1:8000 *.x", "connect-src 'self' / *.x"),
+        ] {
+            assert_eq!(concealed(&own, name, value), expected, "{name}: {value}");
+        }
+    }
+
+    #[test]
+    fn addresses_of_six_and_default_ports_are_known_in_every_form() {
+        let six = own("[fd00::1]:80", "");
+        for spelling in [
+            "http://[fd00::1]",
+            "http://[FD00:0:0:0:0:0:0:1]:80",
+            "//[fd00::0.0.0.1]",
+            "http://[fd00::1%25eth0]:80",
+            "http://u@[fd00:0::1]",
+            "http://localhost",
+            "http://[::1]:80",
+        ] {
+            assert_eq!(concealed(&six, "location", &format!("{spelling}/x")), "/v1/x", "{spelling}");
+        }
+        assert_eq!(concealed(&six, "x-any", "[FD00::1]:80"), "-");
+        assert_eq!(concealed(&six, "location", "http://[fd00::2]/x"), "http://[fd00::2]/x");
+        let mapped = OwnAddress::new("[::ffff:10.0.0.1]:443".parse().unwrap(), [], "/v1");
+        assert_eq!(concealed(&mapped, "location", "https://10.0.0.1/x"), "/x");
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_makes_trouble_and_the_plain_address_never_leaves(
+            value in "[ -~]{0,20}(http:|//|[\\\\/:@%\\[\\]0-9a-f.]{0,9}|10.0.0.1:8000|%2F){0,6}[ -~]{0,20}",
+            name in "(location|link|refresh|set-cookie|alt-svc|x)",
+        ) {
+            let own = own("10.0.0.1:8000", "/api/v1");
+            if let Concealed::Changed(to) = own.conceal(name.as_bytes(), value.as_bytes()) {
+                prop_assert_ne!(&to, value.as_bytes());
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_trouble(value in proptest::collection::vec(any::<u8>(), 0..80)) {
+            let _ = own("10.0.0.1:8000", "").conceal(b"location", &value);
+            let _ = own("[fd00::1]:80", "/v1").conceal(b"set-cookie", &value);
+        }
+    }
+}
