@@ -27,7 +27,7 @@ use crate::{
     backend::{Backend, BackendSpec, Member, Model},
     breaker,
     config::{Config, SameModel},
-    discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Phase},
+    discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Obstacle, Phase},
     foreign::few,
     labels,
     lifecycle::{Effect, Event, Lifecycle, State, Unfit},
@@ -174,6 +174,8 @@ struct Sight {
     since: Option<OffsetDateTime>,
     /// The last trouble, until it is over.
     error: Option<DiscoveryError>,
+    /// What is limited, though it sees.
+    notes: Vec<Obstacle>,
     /// When it is over, if nothing else comes.
     settles_at: Option<Instant>,
     last_sync: Option<OffsetDateTime>,
@@ -283,6 +285,7 @@ impl Registry {
                 self.on_event(&id, Event::OutOfMemory);
             }
             Ok(Change::Ended(id)) => self.on_event(&id, Event::Ended),
+            Ok(Change::Notes(notes)) => self.on_notes(notes),
             Err(error) => {
                 if self.discovery.error.as_ref() != Some(&error) {
                     tracing::warn!(source = self.source, %error, "discovery cannot see; what is known stays routed");
@@ -301,6 +304,16 @@ impl Registry {
                 self.discovery.error = Some(error);
             }
         }
+    }
+
+    /// Says what is new of what is limited about discovery's sight.
+    fn on_notes(&mut self, notes: Vec<Obstacle>) {
+        for note in notes.iter().filter(|note| !self.discovery.notes.contains(note)) {
+            let Obstacle { what, advice } = note;
+            tracing::warn!(source = self.source, "{what}; {advice}");
+            self.events.push(OffsetDateTime::now_utc(), Kind::DiscoveryNote, None, true, what.clone());
+        }
+        self.discovery.notes = notes;
     }
 
     fn on_reset(&mut self, endpoints: Vec<Endpoint>) {
@@ -832,6 +845,7 @@ impl Registry {
                 last_sync: self.discovery.last_sync.map(rfc3339),
                 error: self.discovery.error.as_ref().map(|error| error.what.clone()),
                 advice: self.discovery.error.as_ref().map(|error| error.advice.clone()),
+                notes: self.discovery.notes.iter().map(|note| format!("{}; {}", note.what, note.advice)).collect(),
             },
             models: self.model_statuses(),
             containers,

@@ -140,6 +140,8 @@ pub enum Change {
     OutOfMemory(EndpointId),
     /// Its process has ended.
     Ended(EndpointId),
+    /// What is limited or unusual about the source's sight, though it sees: all of it, each time that it changes.
+    Notes(Vec<Obstacle>),
 }
 
 /// The source cannot see at the moment; it keeps trying. Nothing that is known becomes false by this.

@@ -47,6 +47,8 @@ pub enum Kind {
     DiscoveryLost,
     /// Discovery sees.
     DiscoverySees,
+    /// Something about discovery's sight is limited, though it sees.
+    DiscoveryNote,
 }
 
 impl Kind {
@@ -69,6 +71,7 @@ impl Kind {
             Kind::BreakerClosed => "breaker_closed",
             Kind::DiscoveryLost => "discovery_lost",
             Kind::DiscoverySees => "discovery_sees",
+            Kind::DiscoveryNote => "discovery_note",
         }
     }
 }

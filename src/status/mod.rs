@@ -57,6 +57,9 @@ pub struct DiscoveryStatus {
     pub error: Option<String>,
     /// What to do about it.
     pub advice: Option<String>,
+    /// What is limited or unusual, though it sees, and what to do about that.
+    #[serde(default)]
+    pub notes: Vec<String>,
 }
 
 /// One model.

@@ -165,6 +165,9 @@ impl Page {
         if let Some(advice) = &discovery.advice {
             self.wrapped(INDENT, &format!("→ {advice}"), Ink::Strong);
         }
+        for note in &discovery.notes {
+            self.wrapped(INDENT, note, Ink::Warning);
+        }
         self.text.push('\n');
     }
 
@@ -415,6 +418,7 @@ pub(crate) mod tests {
                 last_sync: Some("2026-01-01T00:03:48Z".to_owned()),
                 error: None,
                 advice: None,
+                notes: Vec::new(),
             },
             models: vec![ModelStatus {
                 id: "gone".to_owned(),

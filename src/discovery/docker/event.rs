@@ -9,7 +9,9 @@ use std::{
     hash::BuildHasher as _,
 };
 
-use bollard::models::{EventMessage, EventMessageTypeEnum};
+use serde_json::Value;
+
+use super::answers::{number, text};
 
 /// One event that concerns discovery.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub(super) enum Kind {
     Paused,
     /// A process in it was killed for want of memory.
     OutOfMemory,
-    /// It was disconnected from this network.
+    /// It was disconnected from this network: its id, or its name where the engine (Podman) tells no id.
     Disconnected(String),
 }
 
@@ -64,33 +66,74 @@ pub(super) const ACTIONS: &[&str] = &[
     "disconnect",
 ];
 
-/// Reads one message; `None` if it does not concern discovery.
-pub(super) fn read(message: EventMessage) -> Option<Notice> {
-    let actor = message.actor?;
-    let attributes = actor.attributes.unwrap_or_default();
-    let time_nanos = message.time_nano.or_else(|| message.time.map(|s| s.saturating_mul(1_000_000_000)))?;
-    let action = message.action?;
-    let of_network = message.typ == Some(EventMessageTypeEnum::NETWORK);
-    let id = if of_network { attributes.get("container")?.clone() } else { actor.id.clone()? };
-    let kind = match (of_network, action.as_str()) {
-        (true, "connect") => Kind::Changed,
-        (true, "disconnect") => Kind::Disconnected(actor.id?),
-        (true, _) => return None,
-        (false, "kill") => {
-            Kind::Signalled(attributes.get("signal").and_then(|signal| crate::discovery::signal::parse_signal(signal)))
-        }
-        (false, "die" | "died" | "stop" | "destroy" | "remove") => Kind::Ended,
-        (false, "pause") => Kind::Paused,
-        (false, "oom") => Kind::OutOfMemory,
-        (false, "start" | "restart" | "unpause" | "rename" | "update") => Kind::Changed,
-        (false, action) if action.starts_with("health_status") => Kind::Changed,
-        (false, _) => return None,
+/// The word under which an event that cannot be read is counted.
+pub(super) const UNREADABLE: &str = "unreadable";
+
+/// The words under which events are counted.
+pub(super) const COUNTED: &[&str] = &{
+    let mut words = [UNREADABLE; ACTIONS.len() + 1];
+    let mut n = 0;
+    while n < ACTIONS.len() {
+        words[n] = ACTIONS[n];
+        n += 1;
+    }
+    words
+};
+
+/// What one message of the stream is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Message {
+    /// It concerns discovery.
+    News(Notice),
+    /// It does not, or its type or action is not known here.
+    Other,
+    /// It seems to concern discovery, but lacks what makes sense of it; its time, if there is one.
+    Unreadable(Option<i64>),
+}
+
+/// Reads one message.
+pub(super) fn read(message: &Value) -> Message {
+    let time_nanos = number(&message["timeNano"])
+        .or_else(|| number(&message["time"]).map(|seconds| seconds.saturating_mul(1_000_000_000)));
+    if !message.is_object() {
+        return Message::Unreadable(None);
+    }
+    // Before API 1.22 an event was a container's, and had `status` and `id` only.
+    let action = text(&message["Action"]).or_else(|| text(&message["status"]));
+    let kind = text(&message["Type"]).unwrap_or("container");
+    let Some(action) = action else { return Message::Unreadable(time_nanos) };
+    let of_network = match kind {
+        "network" => true,
+        "container" => false,
+        _ => return Message::Other,
     };
     // Health checks add their verdict.
     let name = action.split(':').next().unwrap_or_default();
-    let action = ACTIONS.iter().copied().find(|known| *known == name)?;
-    let labelled = !of_network && attributes.contains_key("inference.enable");
-    Some(Notice { id, kind, action, time_nanos, labelled })
+    let is_heard = matches!(name, "connect" | "disconnect") == of_network;
+    let Some(known) = ACTIONS.iter().copied().find(|known| *known == name && is_heard) else {
+        return Message::Other;
+    };
+    let attributes = &message["Actor"]["Attributes"];
+    let actor = text(&message["Actor"]["ID"]).or_else(|| text(&message["id"]));
+    // Docker's network events name the container among the attributes; the actor of Podman's is the container itself.
+    let container = text(&attributes["container"]).filter(|_| of_network);
+    let (Some(id), Some(time_nanos)) = (container.or(actor), time_nanos) else {
+        return Message::Unreadable(time_nanos);
+    };
+    let network = match container {
+        Some(_) => actor,
+        None => text(&attributes["network"]).or_else(|| text(&attributes["name"])),
+    };
+    let kind = match (known, network) {
+        ("disconnect", Some(network)) => Kind::Disconnected(network.to_owned()),
+        ("kill", _) => Kind::Signalled(text(&attributes["signal"]).and_then(crate::discovery::signal::parse_signal)),
+        ("die" | "died" | "stop" | "destroy" | "remove", _) => Kind::Ended,
+        ("pause", _) => Kind::Paused,
+        ("oom", _) => Kind::OutOfMemory,
+        _ => Kind::Changed,
+    };
+    let labelled = !of_network && !attributes["inference.enable"].is_null();
+    Message::News(Notice { id: id.to_owned(), kind, action: known, time_nanos, labelled })
 }
 
 /// How many events are remembered to recognise them when they are replayed.
@@ -111,7 +154,7 @@ pub(super) struct Seen {
 impl Seen {
     /// Whether this is the first time; remembers it. `now_nanos` is the time of this machine.
     pub(super) fn is_new(&mut self, notice: &Notice, now_nanos: i64) -> bool {
-        self.newest_nanos = Some(notice.time_nanos.min(now_nanos));
+        self.pass(notice.time_nanos, now_nanos);
         let kind = std::mem::discriminant(&notice.kind);
         let key = self.hasher.hash_one((&notice.id, notice.time_nanos, kind));
         if !self.keys.insert(key) {
@@ -125,6 +168,11 @@ impl Seen {
         }
         true
     }
+
+    /// An event of this time has been heard, whether or not it could be read: it is not asked for again.
+    pub(super) fn pass(&mut self, time_nanos: i64, now_nanos: i64) {
+        self.newest_nanos = Some(time_nanos.min(now_nanos));
+    }
 }
 
 #[cfg(test)]
@@ -132,7 +180,11 @@ mod tests {
     use super::*;
 
     fn notice(json: &str) -> Option<Notice> {
-        read(serde_json::from_str(json).unwrap())
+        match read(&serde_json::from_str(json).unwrap()) {
+            Message::News(notice) => Some(notice),
+            Message::Other => None,
+            Message::Unreadable(_) => panic!("{json} must be readable"),
+        }
     }
 
     fn container(action: &str, attributes: &str) -> Option<Notice> {
@@ -185,6 +237,75 @@ mod tests {
         assert_eq!(event("disconnect"), Some(disconnected));
         assert_eq!(event("connect").unwrap().kind, Kind::Changed);
         assert_eq!(event("create"), None);
+    }
+
+    #[test]
+    fn podmans_network_events_are_about_their_actor() {
+        let event = |action: &str, attributes: &str| {
+            notice(&format!(
+                r#"{{"Type":"network","Action":{action:?},"Actor":{{"ID":"c1","Attributes":{{{attributes}}}}},"timeNano":5}}"#
+            ))
+            .map(|notice| (notice.id, notice.kind))
+        };
+        let left = |network: &str| Some(("c1".to_owned(), Kind::Disconnected(network.to_owned())));
+        assert_eq!(event("disconnect", r#""image":"","name":"","network":"app","podId":"""#), left("app"));
+        assert_eq!(event("disconnect", r#""image":"","name":"app""#), left("app"));
+        assert_eq!(event("connect", r#""network":"app""#), Some(("c1".to_owned(), Kind::Changed)));
+        // Which network it was is not told: a look tells.
+        assert_eq!(event("disconnect", r#""image":"","name":"""#), Some(("c1".to_owned(), Kind::Changed)));
+        assert_eq!(event("remove", r#""name":"app""#), None);
+    }
+
+    #[test]
+    fn no_field_of_another_type_makes_an_event_unreadable_that_can_be_understood() {
+        let good = serde_json::json!({
+            "Type": "container", "Action": "die", "timeNano": 5, "time": 0, "scope": "local",
+            "Actor": { "ID": "c1", "Attributes": { "inference.enable": "true", "exitCode": "0" } },
+        });
+        let is_news = |event: &Value| matches!(read(event), Message::News(Notice { kind: Kind::Ended, .. }));
+        assert!(is_news(&good));
+        for (field, value) in [
+            ("scope", serde_json::json!(7)),
+            ("status", serde_json::json!([])),
+            ("from", serde_json::json!({})),
+            ("HealthStatus", serde_json::json!("reset")),
+            ("timeNano", serde_json::json!("5")),
+            ("timeNano", serde_json::json!(null)),
+            ("Type", serde_json::json!(null)),
+        ] {
+            let mut event = good.clone();
+            event[field] = value.clone();
+            assert!(is_news(&event), "{field}: {value}");
+        }
+        let mut event = good.clone();
+        event["Actor"]["Attributes"] = serde_json::json!([7]);
+        assert!(is_news(&event), "{event}");
+        // A container whose label has another type is still labelled.
+        event["Actor"]["Attributes"] = serde_json::json!({ "inference.enable": true });
+        assert!(matches!(read(&event), Message::News(Notice { labelled: true, .. })));
+        let of_old = serde_json::json!({ "status": "die", "id": "c1", "time": 7 });
+        assert!(is_news(&of_old), "before API 1.22");
+
+        for (field, value) in [("Type", "wormhole"), ("Action", "ascend"), ("Action", "connect")] {
+            let mut event = good.clone();
+            event[field] = value.into();
+            assert_eq!(read(&event), Message::Other, "{field}: {value}");
+        }
+        for (field, value, time) in [
+            ("Action", serde_json::json!(7), Some(5)),
+            ("Actor", serde_json::json!("c1"), Some(5)),
+            ("Actor", serde_json::json!({ "ID": 7 }), Some(5)),
+        ] {
+            let mut event = good.clone();
+            event[field] = value.clone();
+            assert_eq!(read(&event), Message::Unreadable(time), "{field}: {value}");
+        }
+        let mut timeless = good;
+        (timeless["timeNano"], timeless["time"]) = (serde_json::json!("now"), serde_json::json!([]));
+        assert_eq!(read(&timeless), Message::Unreadable(None));
+        for odd in ["7", "null", "[]", "\"die\""] {
+            assert_eq!(read(&serde_json::from_str(odd).unwrap()), Message::Unreadable(None), "{odd}");
+        }
     }
 
     /// What engines were recorded to send, one scenario per file.

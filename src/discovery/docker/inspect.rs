@@ -10,12 +10,10 @@ use std::{
     time::Duration,
 };
 
-use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum, EndpointSettings, Health as HealthState, HealthConfig,
-    PortBinding,
-};
+use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+use super::answers::{Summary, number, text, texts};
 use crate::{
     discovery::{
         Endpoint, Health, HealthCheck, Incarnation, Obstacle, Phase,
@@ -38,6 +36,8 @@ pub(super) struct Inspected {
     pub(super) image: String,
     pub(super) started_nanos: i64,
     pub(super) phase: Phase,
+    /// It has been told to stop, and still runs: some versions of Podman say so.
+    pub(super) is_stopping: bool,
     pub(super) health: Health,
     pub(super) health_check: HealthCheck,
     pub(super) labels: HashMap<String, String>,
@@ -76,21 +76,16 @@ pub(super) struct Context {
 }
 
 impl Inspected {
-    /// Keeps what is needed. `None` if the answer lacks what every engine sends.
-    pub(super) fn read(answer: ContainerInspectResponse) -> Option<Inspected> {
-        let state = answer.state?;
-        let config = answer.config?;
-        let settings = answer.network_settings.unwrap_or_default();
-        let labels: HashMap<String, String> = config.labels.unwrap_or_default();
-        let phase = match state.status {
-            Some(ContainerStateStatusEnum::RUNNING) => Phase::Running,
-            Some(ContainerStateStatusEnum::PAUSED) => Phase::Paused,
-            Some(ContainerStateStatusEnum::RESTARTING) => Phase::Restarting,
-            _ => Phase::Stopped,
-        };
-        let health = verdict(state.health.as_ref().and_then(|health| health.status).as_ref().map(AsRef::as_ref));
-        let health_check = health_check(config.healthcheck.as_ref(), state.health.as_ref());
-        let mode = match answer.host_config.and_then(|host| host.network_mode).as_deref() {
+    /// Keeps what is needed of an answer about `id`. `None` if the answer is none of an engine's: everything else is read
+    /// field by field, and a field that cannot be read is no verdict.
+    pub(super) fn read(id: &str, answer: &Value) -> Option<Inspected> {
+        let (state, config, settings) = (&answer["State"], &answer["Config"], &answer["NetworkSettings"]);
+        if !state.is_object() && !config.is_object() {
+            return None;
+        }
+        let labels = texts(&config["Labels"]);
+        let (phase, is_stopping) = phase(state);
+        let mode = match text(&answer["HostConfig"]["NetworkMode"]) {
             Some("host") => NetworkMode::Host,
             Some("none") => NetworkMode::None,
             Some(mode) => match mode.strip_prefix("container:") {
@@ -103,19 +98,23 @@ impl Inspected {
             NetworkMode::Container(owner) => Some(owner.clone()),
             NetworkMode::Networks | NetworkMode::Host | NetworkMode::None => None,
         };
-        let attachments = settings.networks.unwrap_or_default().into_iter().map(attachment).collect();
-        let published = settings.ports.unwrap_or_default().into_iter().flat_map(published).collect();
-        let exposed_tcp = config.exposed_ports.unwrap_or_default().iter().filter_map(|port| tcp_port(port)).collect();
+        let fields = |value: &'_ Value| value.as_object().cloned().unwrap_or_default();
+        let attachments = fields(&settings["Networks"]).into_iter().map(attachment).collect();
+        let published = fields(&settings["Ports"]).iter().flat_map(published).collect();
+        let exposed_tcp = fields(&config["ExposedPorts"]).keys().filter_map(|port| tcp_port(port)).collect();
+        let name = text(&answer["Name"]).unwrap_or_default().trim_start_matches('/');
+        let image = text(&config["Image"]).or_else(|| text(&answer["Image"]));
         Some(Inspected {
-            id: answer.id?,
-            name: answer.name.unwrap_or_default().trim_start_matches('/').to_owned(),
-            image: config.image.or(answer.image).unwrap_or_default(),
-            started_nanos: state.started_at.as_deref().map_or(0, run),
+            id: text(&answer["Id"]).unwrap_or(id).to_owned(),
+            name: name.to_owned(),
+            image: image.unwrap_or_default().to_owned(),
+            started_nanos: state["StartedAt"].as_str().map_or(0, run),
             phase,
-            health,
-            health_check,
-            stop_signal: config.stop_signal.as_deref().and_then(parse_signal).unwrap_or(SIGTERM),
-            stop_grace: config.stop_timeout.map_or(STOP_GRACE, foreign::seconds),
+            is_stopping,
+            health: verdict(&state["Health"]),
+            health_check: health_check(&config["Healthcheck"], &state["Health"]),
+            stop_signal: text(&config["StopSignal"]).and_then(parse_signal).unwrap_or(SIGTERM),
+            stop_grace: number(&config["StopTimeout"]).map_or(STOP_GRACE, foreign::seconds),
             wiring: Wiring {
                 mode,
                 attachments,
@@ -127,6 +126,25 @@ impl Inspected {
             exposed_tcp,
             labels,
         })
+    }
+
+    /// Fills what could not be read from the last look at the same container, and from what the list says of it.
+    pub(super) fn complete(&mut self, before: Option<&Inspected>, summary: Option<&Summary>) {
+        if self.started_nanos == 0 {
+            self.started_nanos = before.map_or(0, |before| before.started_nanos);
+        }
+        if self.name.is_empty() {
+            let known = before.map(|before| before.name.clone()).or_else(|| Some(summary?.name.clone()));
+            self.name = known.unwrap_or_else(|| super::answers::short(&self.id));
+        }
+        if self.image.is_empty() {
+            self.image = summary.map(|summary| summary.image.clone()).unwrap_or_default();
+        }
+        if self.labels.is_empty() {
+            // A container that is in the list carries labels, because the list was asked for those that do.
+            let known = before.map(|before| &before.labels).or_else(|| summary.map(|summary| &summary.labels));
+            self.labels = known.cloned().unwrap_or_default();
+        }
     }
 
     /// The container whose network it uses, if that is not its own; also once that one's wiring has been taken over.
@@ -271,32 +289,96 @@ impl Context {
     }
 }
 
-fn attachment((name, settings): (String, EndpointSettings)) -> Attachment {
-    fn ip<T: std::str::FromStr>(text: Option<String>) -> Option<T> {
-        text.and_then(|t| t.parse().ok())
-    }
-    Attachment {
-        name,
-        id: settings.network_id.unwrap_or_default(),
-        ipv4: ip(settings.ip_address),
-        ipv6: ip(settings.global_ipv6_address),
-        gateway: ip::<IpAddr>(settings.gateway).or_else(|| ip(settings.ipv6_gateway)),
-        gw_priority: settings.gw_priority.unwrap_or(0),
+/// What discovery reports of a container that the list has, and of which the engine tells no more, for the reason `why`;
+/// `None` if it does not ask to be routed. `run` is the run that was seen last.
+pub(super) fn unreadable(summary: &Summary, run: i64, why: &str) -> Option<Endpoint> {
+    let known = Inspected {
+        id: summary.id.clone(),
+        name: summary.name.clone(),
+        image: summary.image.clone(),
+        started_nanos: run,
+        phase: Phase::Running,
+        is_stopping: false,
+        health: Health::Unknown,
+        health_check: HealthCheck::default(),
+        labels: summary.labels.clone(),
+        stop_signal: SIGTERM,
+        stop_grace: STOP_GRACE,
+        wiring: Wiring {
+            mode: NetworkMode::None,
+            attachments: Vec::new(),
+            published: Vec::new(),
+            compose_project: None,
+        },
+        network_owner: None,
+        shared: None,
+        exposed_tcp: Vec::new(),
+    };
+    let nowhere = Context {
+        vantage: Vantage::Host { on_link: Vec::new() },
+        self_id: None,
+        default_network: None,
+        own_ports: Vec::new(),
+        shared: None,
+        own_published: Vec::new(),
+        is_placed: true,
+    };
+    let mut endpoint = known.endpoint(&nowhere)?;
+    endpoint.reach = Err(Obstacle {
+        what: format!("the engine does not tell about it: {why}"),
+        advice: format!(
+            "see docker inspect {}, and let a Docker API proxy allow GET /containers/{{id}}/json; it is tried again",
+            summary.name
+        ),
+    });
+    Some(endpoint)
+}
+
+/// Whether it runs, and whether it is being stopped. Of a word that is not known the engine's other fields tell more: a
+/// process id means that it runs. If they do not tell either, it runs, because it was in the list of those that do.
+fn phase(state: &Value) -> (Phase, bool) {
+    let is_set = |field: &str| state[field].as_bool() == Some(true);
+    match text(&state["Status"]) {
+        Some("running") => (Phase::Running, false),
+        Some("paused") => (Phase::Paused, false),
+        Some("restarting") => (Phase::Restarting, false),
+        Some("stopping") => (Phase::Running, true),
+        Some("created" | "configured" | "initialized" | "removing" | "stopped" | "exited" | "dead") => {
+            (Phase::Stopped, false)
+        }
+        _ if is_set("Paused") => (Phase::Paused, false),
+        _ if is_set("Restarting") => (Phase::Restarting, false),
+        _ if is_set("Dead") || number(&state["Pid"]) == Some(0) => (Phase::Stopped, false),
+        _ => (Phase::Running, false),
     }
 }
 
-fn published((port, bindings): (String, Option<Vec<PortBinding>>)) -> Vec<Published> {
-    let Some(container_port) = tcp_port(&port) else {
+fn attachment((name, settings): (String, Value)) -> Attachment {
+    fn ip<T: std::str::FromStr>(value: &Value) -> Option<T> {
+        text(value)?.parse().ok()
+    }
+    Attachment {
+        name,
+        id: text(&settings["NetworkID"]).unwrap_or_default().to_owned(),
+        ipv4: ip(&settings["IPAddress"]),
+        ipv6: ip(&settings["GlobalIPv6Address"]),
+        gateway: ip::<IpAddr>(&settings["Gateway"]).or_else(|| ip(&settings["IPv6Gateway"])),
+        gw_priority: number(&settings["GwPriority"]).unwrap_or(0),
+    }
+}
+
+fn published((port, bindings): (&String, &Value)) -> Vec<Published> {
+    let Some(container_port) = tcp_port(port) else {
         return Vec::new();
     };
-    let published = |binding: PortBinding| {
+    let published = |binding: &Value| {
         Some(Published {
             container_port,
-            host_ip: binding.host_ip.filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse().ok()),
-            host_port: binding.host_port?.parse().ok()?,
+            host_ip: text(&binding["HostIp"]).and_then(|ip| ip.parse().ok()),
+            host_port: u16::try_from(number(&binding["HostPort"])?).ok()?,
         })
     };
-    bindings.unwrap_or_default().into_iter().filter_map(published).collect()
+    bindings.as_array().into_iter().flatten().filter_map(published).collect()
 }
 
 fn tcp_port(text: &str) -> Option<u16> {
@@ -307,35 +389,43 @@ fn tcp_port(text: &str) -> Option<u16> {
     }
 }
 
-/// What the word for a container's health means. Engines without a check say nothing, `none` or an empty word.
-fn verdict(word: Option<&str>) -> Health {
-    match word.map(str::trim) {
-        None | Some("" | "none") => Health::None,
-        Some("starting") => Health::Starting,
-        Some("healthy") => Health::Healthy,
-        Some("unhealthy") => Health::Unhealthy,
-        Some(_) => Health::Unknown,
+/// What a container's health means. Engines without a check say nothing, `none` or an empty word.
+fn verdict(health: &Value) -> Health {
+    let word = match health {
+        Value::Object(health) => health.get("Status").unwrap_or(&Value::Null),
+        other => other,
+    };
+    match word {
+        Value::Null => Health::None,
+        Value::String(word) => match word.trim() {
+            "" | "none" => Health::None,
+            "starting" => Health::Starting,
+            "healthy" => Health::Healthy,
+            "unhealthy" => Health::Unhealthy,
+            _ => Health::Unknown,
+        },
+        _ => Health::Unknown,
     }
 }
 
 /// How the health check goes on. Zero means the engine's default, as does what is no time.
-fn health_check(config: Option<&HealthConfig>, state: Option<&HealthState>) -> HealthCheck {
+fn health_check(config: &Value, state: &Value) -> HealthCheck {
     const INTERVAL: Duration = Duration::from_secs(30);
     const TIMEOUT: Duration = Duration::from_secs(30);
-    let time = |nanos: Option<i64>, default: Duration| {
-        let nanos = nanos.and_then(|nanos| u64::try_from(nanos).ok()).filter(|nanos| *nanos > 0);
+    let time = |nanos: &Value, default: Duration| {
+        let nanos = number(nanos).and_then(|nanos| u64::try_from(nanos).ok()).filter(|nanos| *nanos > 0);
         nanos.map_or(default, Duration::from_nanos)
     };
     let check = HealthCheck::every(
-        time(config.and_then(|config| config.interval), INTERVAL),
-        time(config.and_then(|config| config.timeout), TIMEOUT),
-        time(config.and_then(|config| config.start_period), Duration::ZERO),
+        time(&config["Interval"], INTERVAL),
+        time(&config["Timeout"], TIMEOUT),
+        time(&config["StartPeriod"], Duration::ZERO),
     );
     let mut hasher = DefaultHasher::new();
-    if let Some(state) = state {
-        let log = state.log.as_deref().unwrap_or_default();
-        let last = log.last().map(|last| (&last.start, &last.end, last.exit_code));
-        (state.status.as_ref().map(AsRef::<str>::as_ref), state.failing_streak, log.len(), last).hash(&mut hasher);
+    if state.is_object() {
+        let log = state["Log"].as_array().map_or(&[][..], Vec::as_slice);
+        let last = log.last().map(|last| (text(&last["Start"]), text(&last["End"]), number(&last["ExitCode"])));
+        (text(&state["Status"]), number(&state["FailingStreak"]), log.len(), last).hash(&mut hasher);
     }
     HealthCheck { mark: hasher.finish(), ..check }
 }
@@ -376,7 +466,7 @@ mod tests {
                 "Networks": { "app_default": { "NetworkID": "n1", "IPAddress": "172.18.0.2", "Gateway": "172.18.0.1" } } },
         });
         change(&mut json);
-        Inspected::read(serde_json::from_value(json).unwrap()).unwrap()
+        Inspected::read("c1", &json).unwrap()
     }
 
     fn context() -> Context {
@@ -462,7 +552,11 @@ mod tests {
             (Some("stopped"), Health::Unknown),
             (Some("HEALTHY!"), Health::Unknown),
         ] {
-            assert_eq!(verdict(word), health, "{word:?}");
+            assert_eq!(verdict(&serde_json::json!({ "Status": word })), health, "{word:?}");
+            assert_eq!(verdict(&serde_json::json!(word)), health, "{word:?}");
+        }
+        for odd in [serde_json::json!(["reset"]), serde_json::json!(7), serde_json::json!({ "Status": {} })] {
+            assert_eq!(verdict(&odd), Health::Unknown, "{odd}");
         }
     }
 

@@ -11,9 +11,11 @@
 //!   has overtaken is thrown away and repeated.
 //! * The list is compared every 30 s whatever the events say; a difference means that the stream is not to be trusted.
 //!
-//! Only five GETs are used: `_ping` and `version` are left to health checks of people, the proxy needs `events`,
-//! `containers/json` and `containers/{id}/json`.
+//! Three GETs are used: `events`, `containers/json` and `containers/{id}/json`; over TLS, `version` as well. [`engine`] asks
+//! them, [`answers`] reads them.
 
+mod answers;
+mod engine;
 mod event;
 mod inspect;
 mod locate;
@@ -25,11 +27,6 @@ use std::{
     time::Duration,
 };
 
-use bollard::{
-    Docker,
-    errors::Error,
-    query_parameters::{EventsOptionsBuilder, InspectContainerOptions, ListContainersOptionsBuilder},
-};
 use futures::{
     FutureExt as _, StreamExt as _,
     future::BoxFuture,
@@ -38,41 +35,54 @@ use futures::{
 use time::OffsetDateTime;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::DropGuard;
 
 use self::{
+    answers::{Listed, Summary},
+    engine::{Engine, Heard},
     event::{Kind, Notice, Seen},
     inspect::{Context, Inspected, Shared},
     locate::locate,
 };
-use super::{Change, Discovery, DiscoveryError, Endpoint, Looks, Phase, network::Vantage, signal::is_stop_notice};
+use super::{
+    Change, Discovery, DiscoveryError, Endpoint, Looks, Obstacle, Phase, network::Vantage, signal::is_stop_notice,
+};
 use crate::{
     config::DockerEndpoint,
     telemetry::metrics::{Metrics, PerWord},
 };
 
-const LOCAL_SOCKET: &str = "unix:///var/run/docker.sock";
-/// Time for one answer of the engine. `inspect` waits for the container's lock: seconds, with GPU hooks.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Looks at a time.
+/// Looks at a time, without those that wait aside.
 const LOOKS_MAX: usize = 8;
+/// How long a look may take before it waits aside, so that it delays no other: an engine answers within milliseconds, unless
+/// the container is locked.
+const LOOK_PATIENCE: Duration = Duration::from_millis(100);
+/// Looks that wait aside; each is a connection to the engine.
+const ASIDE_MAX: usize = 256;
+/// How long an engine may take to tell a new subscription what the list has shown, before its stream counts as silent.
+const STREAM_PATIENCE: Duration = Duration::from_secs(3);
+/// Containers that are named in a note.
+const NAMED_MAX: usize = 5;
 /// How often the list is compared, whatever the events say.
 const RESYNC: Duration = Duration::from_secs(30);
+/// How often Podman is listed: it tells of a stop neither by an event nor by a signal, but only by leaving the container out
+/// of the list while that goes on.
+const GLANCE: Duration = Duration::from_secs(1);
 /// Waits between attempts to reach the engine: doubling from the first to the second.
 const RECONNECT_MIN: Duration = Duration::from_millis(100);
 const RECONNECT_MAX: Duration = Duration::from_secs(5);
+/// How long API versions are not tried again after none of them worked.
+const VERSIONS_AGAIN: Duration = Duration::from_secs(30);
 /// How far back the first subscription reaches: far enough for the stop notice of any container that is still stopping.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 /// How far later subscriptions reach back before the newest event seen; the engine may deliver slightly out of order.
 const OVERLAP: Duration = Duration::from_secs(1);
 /// How long after a subscription what happened before it may still be told.
-const REPLAYED_WITHIN: Duration = ANSWER_TIMEOUT;
+const REPLAYED_WITHIN: Duration = engine::ANSWER_TIMEOUT;
 /// A longer lag of an event says nothing but that clocks differ.
 const LAG_MAX: Duration = Duration::from_secs(3_600);
-/// Events between the reader and the loop. More than that at once means that the list is compared instead.
-const EVENTS_MAX: usize = 1024;
 /// Most containers followed.
 const CONTAINERS_MAX: usize = 1000;
 
@@ -106,7 +116,7 @@ impl Discovery for DockerDiscovery {
     }
 
     fn count_in(&mut self, metrics: &Arc<Metrics>) {
-        metrics.discovery.events.get_or_init(|| PerWord::new(event::ACTIONS));
+        metrics.discovery.events.get_or_init(|| PerWord::new(event::COUNTED));
         self.metrics = Some(metrics.clone());
     }
 
@@ -127,8 +137,16 @@ struct Track {
     /// A signal that may have been a stop notice, until a look tells.
     signalled: Option<Signalled>,
     seen: Option<Inspected>,
+    /// What the last list that named it said.
+    summary: Option<Summary>,
     endpoint: Option<Endpoint>,
     look: Look,
+    /// Why the last look brought nothing.
+    trouble: Option<String>,
+    /// The endpoint is what the list says, because no look has brought anything.
+    is_unreadable: bool,
+    /// The last list lacks it, and no event has told of it since.
+    is_unlisted: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -150,27 +168,38 @@ enum Look {
 /// What a task beside the loop brings back.
 enum Finished {
     /// A look at a container; `None` if there is no such container.
-    Looked { id: String, heard: u64, outcome: Result<Option<Inspected>, String> },
-    /// The list of labelled containers that run, and where the proxy itself stands.
-    Listed { ids: Result<Vec<String>, DiscoveryError>, context: Option<Context> },
-}
-
-enum Heard {
-    Notice(Notice),
-    /// More came than there was room for.
-    Overflow,
-    /// The stream is over; the text is for the log.
-    Over(DiscoveryError),
+    Looked { id: String, heard: u64, serial: u64, outcome: Result<Option<Inspected>, String> },
+    /// A look has taken so long that it waits aside.
+    Aside { id: String, serial: u64 },
+    /// The list of labelled containers that run, where the proxy itself stands, and the engine that works.
+    Listed { listed: Result<Listed, DiscoveryError>, context: Option<Context>, engine: Engine },
+    /// The list alone, to see what is missing from it.
+    Glanced(Result<Listed, DiscoveryError>),
 }
 
 struct Watcher {
     settings: DockerDiscovery,
     looks: Looks,
     engine: Option<Engine>,
+    /// The API version that has to stand before paths, such as `/v1.44`; `None` if none has to.
+    version: Option<String>,
+    /// When API versions are tried again, if paths are still refused.
+    versions_at: Instant,
     context: Context,
     tracks: HashMap<String, Track>,
     to_look: VecDeque<String>,
-    looking: usize,
+    /// Looks that are under way and not aside, by number.
+    looking: HashSet<u64>,
+    aside: usize,
+    looks_begun: u64,
+    /// Containers beyond [`CONTAINERS_MAX`] in the last list.
+    left_out: usize,
+    /// The stream has brought something since it was begun.
+    stream_spoke: bool,
+    /// When it counts as silent, because the list knows what it has not told.
+    doubt_at: Option<Instant>,
+    is_silent: bool,
+    notes: Vec<Obstacle>,
     seen: Seen,
     heard: Option<(mpsc::Receiver<Heard>, DropGuard)>,
     work: FuturesUnordered<BoxFuture<'static, Finished>>,
@@ -178,6 +207,9 @@ struct Watcher {
     /// Containers of the last list that have not been looked at yet; a [`Change::Reset`] follows when there are none.
     outstanding: Option<HashSet<String>>,
     list_at: Instant,
+    /// When the list alone is asked for, of an engine that tells some things by nothing else.
+    glance_at: Instant,
+    glancing: bool,
     retry: Duration,
     subscribed_at: Instant,
     /// The same by this machine's time.
@@ -185,6 +217,7 @@ struct Watcher {
     stream_retry: Duration,
     out: VecDeque<Result<Change, DiscoveryError>>,
     synced_once: bool,
+    told_unreadable: bool,
     /// When watching began, nanoseconds since 1970.
     began_nanos: i64,
 }
@@ -207,34 +240,56 @@ impl Watcher {
             settings,
             looks,
             engine: None,
+            version: None,
+            versions_at: Instant::now(),
             context,
             tracks: HashMap::new(),
             to_look: VecDeque::new(),
-            looking: 0,
+            looking: HashSet::new(),
+            aside: 0,
+            looks_begun: 0,
+            left_out: 0,
+            stream_spoke: false,
+            doubt_at: None,
+            is_silent: false,
+            notes: Vec::new(),
             seen: Seen::default(),
             heard: None,
             work: FuturesUnordered::new(),
             listing: false,
             outstanding: None,
             list_at: Instant::now(),
+            glance_at: Instant::now(),
+            glancing: false,
             retry: RECONNECT_MIN,
             subscribed_at: Instant::now(),
             subscribed_nanos: began_nanos,
             stream_retry: RECONNECT_MIN,
             out: VecDeque::new(),
             synced_once: false,
+            told_unreadable: false,
             began_nanos,
         }
     }
 
     async fn next(&mut self) -> Result<Change, DiscoveryError> {
         loop {
+            self.take_notes();
             if let Some(change) = self.out.pop_front() {
                 return change;
             }
+            let doubt_at = self.doubt_at;
+            let doubt = async move {
+                match doubt_at {
+                    Some(at) => sleep_until(at).await,
+                    None => futures::future::pending().await,
+                }
+            };
             self.start_looks();
             // A list that looks have not caught up with yet is not replaced, unless the stream must be begun again.
             let may_list = !self.listing && (self.outstanding.is_none() || self.heard.is_none());
+            let is_podman = self.engine.as_ref().is_some_and(Engine::is_podman);
+            let may_glance = is_podman && self.synced_once && !self.listing && !self.glancing;
             let heard = async {
                 match &mut self.heard {
                     Some((heard, _)) => heard.recv().await,
@@ -244,22 +299,41 @@ impl Watcher {
             tokio::select! {
                 biased;
                 // Events first: a stop notice must not wait for anything.
-                heard = heard => match heard {
-                    Some(Heard::Notice(notice)) => self.on_notice(notice),
-                    Some(Heard::Overflow) => self.on_overflow(),
-                    Some(Heard::Over(error)) => self.on_stream_over(error),
-                    // Its reader has ended without a word.
-                    None => {
-                        let what = "the reader of the event stream has ended".to_owned();
-                        self.on_stream_over(DiscoveryError { what, advice: "it is begun again".to_owned() });
-                    }
-                },
+                heard = heard => self.on_heard(heard),
                 Some(finished) = self.work.next(), if !self.work.is_empty() => match finished {
-                    Finished::Looked { id, heard, outcome } => self.on_looked(id, heard, outcome),
-                    Finished::Listed { ids, context } => self.on_listed(ids, context),
+                    Finished::Looked { id, heard, serial, outcome } => self.on_looked(id, heard, serial, outcome),
+                    Finished::Aside { id, serial } => self.on_aside(&id, serial),
+                    Finished::Listed { listed, context, engine } => self.on_listed(listed, context, engine),
+                    Finished::Glanced(listed) => self.on_glanced(listed),
                 },
                 Some(id) = self.looks.recv() => self.look_at(&id),
                 () = sleep_until(self.list_at), if may_list => self.begin_list(),
+                () = sleep_until(self.glance_at), if may_glance => self.begin_glance(),
+                () = doubt => {
+                    self.doubt_at = None;
+                    self.is_silent = true;
+                    self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
+                }
+            }
+        }
+    }
+
+    fn on_heard(&mut self, heard: Option<Heard>) {
+        if matches!(heard, Some(Heard::Notice(_) | Heard::Unreadable(_) | Heard::Other | Heard::Overflow)) {
+            self.stream_spoke = true;
+            self.doubt_at = None;
+            self.is_silent = false;
+        }
+        match heard {
+            Some(Heard::Notice(notice)) => self.on_notice(notice),
+            Some(Heard::Unreadable(time_nanos)) => self.on_unreadable(time_nanos),
+            Some(Heard::Other) => {}
+            Some(Heard::Overflow) => self.on_overflow(),
+            Some(Heard::Over(error)) => self.on_stream_over(error),
+            // Its reader has ended without a word.
+            None => {
+                let what = "the reader of the event stream has ended".to_owned();
+                self.on_stream_over(DiscoveryError { what, advice: "it is begun again".to_owned() });
             }
         }
     }
@@ -267,7 +341,7 @@ impl Watcher {
     /// Connects if need be, subscribes if need be, and asks for the list.
     fn begin_list(&mut self) {
         if self.engine.is_none() {
-            match Engine::connect(&self.settings.endpoint) {
+            match Engine::connect(&self.settings.endpoint, self.version.as_deref()) {
                 Ok(engine) => self.engine = Some(engine),
                 Err(error) => return self.fail(error),
             }
@@ -278,9 +352,45 @@ impl Watcher {
         }
         self.listing = true;
         // Set before the list is asked for: what asks for another one meanwhile must not be forgotten when it is there.
-        self.list_at = Instant::now() + RESYNC.mul_f64(0.9 + 0.2 * fastrand::f64());
+        let wait = if self.is_silent { RECONNECT_MAX } else { RESYNC };
+        self.list_at = Instant::now() + wait.mul_f64(0.9 + 0.2 * fastrand::f64());
         let context = self.context.clone();
-        self.work.push(list(engine, context, (self.settings.clock)()).boxed());
+        let may_try = self.versions_at <= Instant::now();
+        if may_try {
+            self.versions_at = Instant::now() + VERSIONS_AGAIN;
+        }
+        self.work.push(list(engine, may_try, context, (self.settings.clock)()).boxed());
+    }
+
+    fn begin_glance(&mut self) {
+        let Some(engine) = self.engine.clone() else { return };
+        self.glance_at = Instant::now() + GLANCE;
+        self.glancing = true;
+        self.work.push(async move { Finished::Glanced(engine.list().await) }.boxed());
+    }
+
+    /// Looks at the containers that the list has, or lacks, against what is known of them; at no others.
+    fn on_glanced(&mut self, listed: Result<Listed, DiscoveryError>) {
+        self.glancing = false;
+        // An engine that cannot be listed is told of by the whole list, which is asked for less often.
+        let Ok(listed) = listed else { return };
+        let summaries: HashMap<&str, &Summary> = listed.containers.iter().map(|s| (s.id.as_str(), s)).collect();
+        let mut to_look: Vec<String> =
+            self.tracks.keys().filter(|id| !summaries.contains_key(id.as_str())).cloned().collect();
+        for summary in &listed.containers {
+            let is_ending = matches!(summary.state.as_deref(), Some("stopping" | "stopped"));
+            let is_known = match self.tracks.get(&summary.id) {
+                Some(track) => track.endpoint.is_some() && !is_ending,
+                None => self.tracks.len() >= CONTAINERS_MAX,
+            };
+            if !is_known {
+                self.tracks.entry(summary.id.clone()).or_default().summary = Some(summary.clone());
+                to_look.push(summary.id.clone());
+            }
+        }
+        for id in to_look {
+            self.look_at(&id);
+        }
     }
 
     /// The engine cannot be asked: say so and try again later. What is known stays.
@@ -307,7 +417,8 @@ impl Watcher {
     fn subscribe(&mut self, engine: &Engine) {
         self.subscribed_at = Instant::now();
         self.subscribed_nanos = (self.settings.clock)();
-        self.heard = Some(subscribe(engine.clone(), self.since()));
+        self.stream_spoke = false;
+        self.heard = Some(engine.subscribe(&self.since()));
     }
 
     /// Streams end: socket proxies cut them every few minutes, engines restart. Begin again at once; one that never lasts
@@ -336,6 +447,21 @@ impl Watcher {
         }
     }
 
+    /// An event cannot be read: it is skipped, and the list tells what it said.
+    fn on_unreadable(&mut self, time_nanos: Option<i64>) {
+        if let Some(time_nanos) = time_nanos {
+            self.seen.pass(time_nanos, (self.settings.clock)());
+        }
+        if let Some(events) = self.settings.metrics.as_ref().and_then(|metrics| metrics.discovery.events.get()) {
+            events.increment(event::UNREADABLE);
+        }
+        if !self.told_unreadable {
+            self.told_unreadable = true;
+            tracing::warn!("an event of the engine cannot be read and is skipped; more of them are only counted");
+        }
+        self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
+    }
+
     fn on_notice(&mut self, notice: Notice) {
         let now_nanos = (self.settings.clock)();
         if !self.seen.is_new(&notice, now_nanos) {
@@ -355,7 +481,12 @@ impl Watcher {
         }
         self.look_at_dependents(&id);
         if !self.tracks.contains_key(&id) {
-            if !labelled || self.tracks.len() >= CONTAINERS_MAX {
+            if !labelled {
+                return;
+            }
+            if self.tracks.len() >= CONTAINERS_MAX {
+                // The list tells how many are too many.
+                self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
                 return;
             }
             self.tracks.insert(id.clone(), Track::default());
@@ -368,6 +499,7 @@ impl Watcher {
             track.signalled = None;
         }
         track.heard += 1;
+        track.is_unlisted = false;
         let endpoint_id = || id.as_str().into();
         match kind {
             Kind::Changed => {}
@@ -433,21 +565,41 @@ impl Watcher {
 
     fn start_looks(&mut self) {
         let Some(engine) = self.engine.as_ref().filter(|_| self.context.is_placed) else { return };
-        while self.looking < LOOKS_MAX
+        while self.looking.len() < LOOKS_MAX
             && let Some(id) = self.to_look.pop_front()
         {
             let Some(track) = self.tracks.get_mut(&id) else {
                 continue;
             };
             track.look = Look::UnderWay;
-            self.looking += 1;
+            self.looks_begun += 1;
+            let serial = self.looks_begun;
+            self.looking.insert(serial);
             let shared = track.seen.as_ref().and_then(|seen| seen.shared.clone());
-            self.work.push(look(engine.clone(), id, track.heard, shared, (self.settings.clock)()).boxed());
+            let now_nanos = (self.settings.clock)();
+            self.work.push(look(engine.clone(), id.clone(), (track.heard, serial), shared, now_nanos).boxed());
+            self.work.push(
+                async move {
+                    tokio::time::sleep(LOOK_PATIENCE).await;
+                    Finished::Aside { id, serial }
+                }
+                .boxed(),
+            );
         }
     }
 
-    fn on_looked(&mut self, id: String, heard: u64, outcome: Result<Option<Inspected>, String>) {
-        self.looking -= 1;
+    /// A look that takes long gives its place to others, and the whole truth does not wait for it.
+    fn on_aside(&mut self, id: &str, serial: u64) {
+        if self.aside < ASIDE_MAX && self.looking.remove(&serial) {
+            self.aside += 1;
+            self.settle(id);
+        }
+    }
+
+    fn on_looked(&mut self, id: String, heard: u64, serial: u64, outcome: Result<Option<Inspected>, String>) {
+        if !self.looking.remove(&serial) {
+            self.aside -= 1;
+        }
         let Some(track) = self.tracks.get_mut(&id) else {
             return self.settle(&id);
         };
@@ -456,10 +608,7 @@ impl Watcher {
             return self.look_at(&id); // overtaken by an event
         }
         match outcome {
-            Err(error) => {
-                // Not seeing it proves nothing. The next list looks again.
-                tracing::warn!(container = %track.name(&id), %error, "cannot inspect the container");
-            }
+            Err(error) => self.on_unseen(&id, error),
             Ok(None) => {
                 if self.tracks.remove(&id).is_some_and(|track| track.endpoint.is_some()) {
                     self.out.push_back(Ok(Change::Ended(id.as_str().into())));
@@ -470,8 +619,89 @@ impl Watcher {
         self.settle(&id);
     }
 
-    fn on_seen(&mut self, id: &str, seen: Inspected) {
+    /// A look has brought nothing. That proves nothing: what is known stays, and what is not known is what the list says. The
+    /// next list looks again. Only what the list lacks as well is gone.
+    fn on_unseen(&mut self, id: &str, error: String) {
         let Some(track) = self.tracks.get_mut(id) else { return };
+        if track.is_unlisted {
+            if self.tracks.remove(id).is_some_and(|track| track.endpoint.is_some()) {
+                self.out.push_back(Ok(Change::Ended(id.into())));
+            }
+            return;
+        }
+        if track.trouble.as_ref() != Some(&error) {
+            tracing::warn!(container = %track.name(id), %error, "cannot inspect the container");
+        }
+        if track.endpoint.is_none() || track.is_unreadable {
+            let run = track.seen.as_ref().map_or(0, |seen| seen.started_nanos);
+            match &track.summary {
+                Some(summary) => {
+                    if let Some(endpoint) = inspect::unreadable(summary, run, &error) {
+                        track.is_unreadable = true;
+                        track.endpoint = Some(endpoint.clone());
+                        self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
+                    }
+                }
+                // An event has told of it, and the list tells its name.
+                None => self.list_at = self.list_at.min(Instant::now() + RECONNECT_MIN),
+            }
+        }
+        if let Some(track) = self.tracks.get_mut(id) {
+            track.trouble = Some(error);
+        }
+    }
+
+    /// Tells what is limited about the sight, when that has changed.
+    fn take_notes(&mut self) {
+        let mut notes = Vec::new();
+        let mut note = |what: String, advice: &str| notes.push(Obstacle { what, advice: advice.to_owned() });
+        let host = self.engine.as_ref().map_or("the engine", |engine| &*engine.host);
+        if let Some(version) = self.version.as_deref().map(|version| version.trim_start_matches('/')) {
+            note(
+                format!("{host} refuses paths without an API version, so that those with {version} are used"),
+                "nothing needs to be done",
+            );
+        }
+        if self.left_out > 0 {
+            let all = self.left_out + CONTAINERS_MAX;
+            note(
+                format!(
+                    "{all} containers carry the label inference.enable, {CONTAINERS_MAX} of them are followed and {} \
+                     are left out",
+                    self.left_out
+                ),
+                "take the label from some of them, or divide them among more engines",
+            );
+        }
+        if self.is_silent {
+            note(
+                format!("the event stream of {host} stays silent: changes are found by listing every 5 s or so"),
+                "see whether a proxy before the engine holds GET /events back or buffers it",
+            );
+        }
+        let unseen = |track: &&Track| track.trouble.is_some() && track.endpoint.is_some() && !track.is_unreadable;
+        let mut names: Vec<&str> =
+            self.tracks.iter().filter(|(_, track)| unseen(track)).map(|(id, track)| track.name(id)).collect();
+        if !names.is_empty() {
+            names.sort_unstable();
+            let more = names.len().saturating_sub(NAMED_MAX);
+            names.truncate(NAMED_MAX);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            note(
+                format!("inspect fails for {}{more}; what was known of them stays", names.join(", ")),
+                "see the log of the Docker Engine, and let a Docker API proxy allow GET /containers/{id}/json",
+            );
+        }
+        if notes != self.notes {
+            self.notes.clone_from(&notes);
+            self.out.push_back(Ok(Change::Notes(notes)));
+        }
+    }
+
+    fn on_seen(&mut self, id: &str, mut seen: Inspected) {
+        let Some(track) = self.tracks.get_mut(id) else { return };
+        seen.complete(track.seen.as_ref(), track.summary.as_ref());
+        (track.trouble, track.is_unreadable, track.is_unlisted) = (None, false, false);
         let exists = seen.phase != Phase::Stopped;
         if let Vantage::Host { on_link } = &mut self.context.vantage
             && let Ok(prefixes) = place::on_link_prefixes()
@@ -494,41 +724,70 @@ impl Watcher {
         };
         track.endpoint = Some(endpoint.clone());
         self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
-        if let Some(stopping) = track.stop_notice((self.settings.clock)()) {
+        if track.seen.as_ref().is_some_and(|seen| seen.is_stopping) {
+            track.signalled = None;
+            self.out.push_back(Ok(Change::Stopping(id.into())));
+        } else if let Some(stopping) = track.stop_notice((self.settings.clock)()) {
             self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
         }
     }
 
-    fn on_listed(&mut self, ids: Result<Vec<String>, DiscoveryError>, context: Option<Context>) {
+    fn on_listed(&mut self, listed: Result<Listed, DiscoveryError>, context: Option<Context>, engine: Engine) {
         self.listing = false;
-        let ids = match ids {
-            Ok(ids) => ids,
+        let (mut summaries, is_whole) = match listed {
+            Ok(listed) => (listed.containers, listed.unreadable == 0),
             Err(error) => return self.fail(error),
         };
+        self.adopt(engine);
         if let Some(context) = context {
             self.context = context;
         }
-        let listed: HashSet<String> = ids.into_iter().take(CONTAINERS_MAX).collect();
-        let gone: Vec<String> = self.tracks.keys().filter(|id| !listed.contains(*id)).cloned().collect();
+        let all: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
+        let gone: Vec<String> = self.tracks.keys().filter(|id| !all.contains(*id)).cloned().collect();
+        // Those that are followed already stay so; of the others as many as there is room for.
+        summaries.sort_by_key(|summary| !self.tracks.contains_key(&summary.id));
+        self.left_out = summaries.len().saturating_sub(CONTAINERS_MAX);
+        summaries.truncate(CONTAINERS_MAX);
+        let listed: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
         let lost = gone.iter().any(|id| self.tracks.get(id).is_some_and(|track| track.endpoint.is_some()));
         let found = listed.iter().any(|id| !self.tracks.contains_key(id));
         if self.synced_once && (lost || found) && self.heard.is_some() {
             // The list knows what no event has told. (An event may still be on its way; asking anew costs little.)
             tracing::debug!("the list differs from what events told, subscribing again");
+            if !self.stream_spoke && !self.is_silent {
+                self.doubt_at.get_or_insert(Instant::now() + STREAM_PATIENCE);
+            }
             if let Some(engine) = self.engine.clone() {
                 self.subscribe(&engine);
             }
         }
-        for id in gone {
-            // It may have been started after the list was made: only a look can tell.
-            self.look_at(&id);
-        }
-        for id in &listed {
-            self.tracks.entry(id.clone()).or_default();
+        for id in &gone {
+            // It may have been started after the list was made: a look tells.
+            if let Some(track) = self.tracks.get_mut(id) {
+                track.is_unlisted = is_whole;
+            }
             self.look_at(id);
         }
-        self.outstanding = Some(listed);
+        for summary in summaries {
+            let id = summary.id.clone();
+            let track = self.tracks.entry(id.clone()).or_default();
+            (track.summary, track.is_unlisted) = (Some(summary), false);
+            self.look_at(&id);
+        }
+        self.outstanding = Some(listed.into_iter().chain(gone).collect());
         self.settle("");
+    }
+
+    /// The list came from `engine`, whose paths are the ones that work.
+    fn adopt(&mut self, engine: Engine) {
+        let version = engine.version().map(str::to_owned);
+        if version == self.version && self.engine.is_some() {
+            return;
+        }
+        self.version = version;
+        // The stream was asked for by paths that are refused.
+        self.subscribe(&engine);
+        self.engine = Some(engine);
     }
 
     /// `id` has been looked at; when nothing of the last list is left to look at, the whole truth is known.
@@ -561,11 +820,12 @@ impl Track {
 
     fn uses(&self, network: &str) -> bool {
         let reach = self.endpoint.as_ref().and_then(|endpoint| endpoint.reach.as_ref().ok());
-        reach.and_then(|reach| reach.network.as_ref()).is_some_and(|used| used.id == network)
+        reach.and_then(|reach| reach.network.as_ref()).is_some_and(|used| used.id == network || used.name == network)
     }
 
     fn name<'a>(&'a self, id: &'a str) -> &'a str {
-        self.seen.as_ref().map_or(id, |seen| seen.name.as_str())
+        let listed = self.summary.as_ref().map_or(id, |summary| summary.name.as_str());
+        self.seen.as_ref().map_or(listed, |seen| seen.name.as_str())
     }
 }
 
@@ -577,142 +837,29 @@ fn is_before(time_nanos: i64, seen: &Inspected, now_nanos: i64) -> bool {
 
 // === talking to the engine ===
 
-/// A client and the address it goes to, for messages.
-#[derive(Clone)]
-struct Engine {
-    client: Docker,
-    host: Arc<str>,
-}
-
-impl Engine {
-    fn connect(endpoint: &DockerEndpoint) -> Result<Engine, DiscoveryError> {
-        let host = endpoint.host.as_deref().unwrap_or(LOCAL_SOCKET);
-        let seconds = ANSWER_TIMEOUT.as_secs();
-        let version = bollard::API_DEFAULT_VERSION;
-        let client = if let Some(path) = host.strip_prefix("unix://") {
-            Docker::connect_with_unix(path, seconds, version)
-        } else if endpoint.tls || host.starts_with("https://") {
-            let certs = endpoint.cert_path.clone().unwrap_or_default();
-            let pem = |name: &str| certs.join(name);
-            Docker::connect_with_ssl(host, &pem("key.pem"), &pem("cert.pem"), &pem("ca.pem"), seconds, version)
-        } else {
-            Docker::connect_with_http(host, seconds, version)
-        };
-        match client {
-            Ok(client) => Ok(Engine { client, host: host.into() }),
-            Err(error) => Err(explain("cannot reach the Docker Engine", host, &error)),
+async fn list(engine: Engine, may_try: bool, context: Context, now_nanos: i64) -> Finished {
+    let (engine, listed) = engine.negotiate(may_try).await;
+    let located = match listed {
+        Ok(listed) => {
+            let located = locate(&engine, context, place::self_id_candidates(), now_nanos).await;
+            located.map(|context| (listed, context))
         }
-    }
-
-    /// One `inspect`; `None` if there is no such container.
-    async fn inspect(&self, id: &str) -> Result<Option<Inspected>, String> {
-        match timeout(ANSWER_TIMEOUT, self.client.inspect_container(id, None::<InspectContainerOptions>)).await {
-            Err(_) => Err(format!("no answer within {ANSWER_TIMEOUT:?}")),
-            Ok(Err(Error::DockerResponseServerError { status_code: 404, .. })) => Ok(None),
-            Ok(Err(error)) => Err(explain("inspect failed", &self.host, &error).to_string()),
-            Ok(Ok(answer)) => Inspected::read(answer).map(Some).ok_or_else(|| "the answer lacks its state".to_owned()),
-        }
-    }
-}
-
-/// Says what failed and what to do about it, without quoting what the engine sent: its answers hold the environment of
-/// containers.
-fn explain(what: &str, host: &str, error: &Error) -> DiscoveryError {
-    let (detail, advice) = match error {
-        Error::SocketNotFoundError(_) => (
-            "there is no such socket".to_owned(),
-            "mount it into this container (-v /var/run/docker.sock:/var/run/docker.sock:ro) or set DOCKER_HOST",
-        ),
-        Error::DockerResponseServerError { status_code: 403, .. } => (
-            "the answer was 403".to_owned(),
-            "let the Docker API proxy allow GET /events, /containers/json and /containers/{id}/json",
-        ),
-        Error::DockerResponseServerError { status_code, .. } => {
-            (format!("the answer was {status_code}"), "see the log of the Docker Engine")
-        }
-        Error::JsonDataError { column, .. } => {
-            (format!("its answer cannot be read (column {column})"), "this engine may be too new for this proxy")
-        }
-        Error::CertPathError { path } | Error::CertParseError { path } | Error::CertMultipleKeys { path, .. } => {
-            (format!("{} cannot be used", path.display()), "DOCKER_CERT_PATH must hold ca.pem, cert.pem and key.pem")
-        }
-        Error::RequestTimeoutError => ("it gave no answer".to_owned(), "see whether the Docker Engine hangs"),
-        other => {
-            let text = std::iter::successors(Some(other as &dyn std::error::Error), |e| e.source())
-                .map(ToString::to_string)
-                .collect::<Vec<_>>()
-                .join(": ");
-            let advice = if text.contains("ermission denied") {
-                "run this container with the group of the socket (group_add), or as root"
-            } else if text.contains("refused") {
-                "is the Docker Engine running? a socket mounted as a file goes stale when the engine is restarted: \
-                 restart this container, or mount the folder"
-            } else {
-                "it is tried again until it works"
-            };
-            (text, advice)
-        }
-    };
-    DiscoveryError { what: format!("{what} at {host}: {detail}"), advice: advice.to_owned() }
-}
-
-/// Starts the reader: a task that does nothing but read. It ends when its guard is dropped.
-fn subscribe(engine: Engine, since: String) -> (mpsc::Receiver<Heard>, DropGuard) {
-    let (heard, receiver) = mpsc::channel(EVENTS_MAX);
-    let stop = CancellationToken::new();
-    let guard = stop.clone().drop_guard();
-    let filters: HashMap<&str, Vec<&str>> =
-        HashMap::from([("type", vec!["container", "network"]), ("event", event::ACTIONS.to_vec())]);
-    let reading = async move {
-        let options = EventsOptionsBuilder::new().since(&since).filters(&filters).build();
-        let mut events = std::pin::pin!(engine.client.events(Some(options)));
-        let error = loop {
-            match events.next().await {
-                Some(Ok(message)) => {
-                    let Some(notice) = event::read(message) else { continue };
-                    if heard.try_send(Heard::Notice(notice)).is_err() {
-                        // The list tells what is lost here.
-                        tracing::warn!("more events at once than there is room for, comparing the list instead");
-                        if heard.send(Heard::Overflow).await.is_err() {
-                            return;
-                        }
-                    }
-                }
-                Some(Err(error)) => break explain("the event stream broke", &engine.host, &error),
-                None => {
-                    let what = "the event stream ended".to_owned();
-                    break DiscoveryError { what, advice: "it is begun again until it works".to_owned() };
-                }
-            }
-        };
-        let _ = heard.send(Heard::Over(error)).await;
-    };
-    // Ended by its guard, which the loop holds: it needs no place among the application's tasks.
-    #[allow(clippy::disallowed_methods)]
-    tokio::spawn(async move { stop.run_until_cancelled(reading).await });
-    (receiver, guard)
-}
-
-async fn list(engine: Engine, context: Context, now_nanos: i64) -> Finished {
-    let filters: HashMap<&str, Vec<&str>> = HashMap::from([("label", vec!["inference.enable"])]);
-    let options = ListContainersOptionsBuilder::new().filters(&filters).build();
-    let ids = match timeout(ANSWER_TIMEOUT, engine.client.list_containers(Some(options))).await {
-        Err(_) => Err(explain("cannot list containers", &engine.host, &Error::RequestTimeoutError)),
-        Ok(Err(error)) => Err(explain("cannot list containers", &engine.host, &error)),
-        Ok(Ok(list)) => Ok(list.into_iter().filter_map(|container| container.id).collect()),
-    };
-    let ids = match ids {
-        Ok(ids) => locate(&engine, context, place::self_id_candidates(), now_nanos).await.map(|context| (ids, context)),
         Err(error) => Err(error),
     };
-    let (ids, context) = match ids {
-        Ok((ids, context)) => (Ok(ids), Some(context)),
+    let (listed, context) = match located {
+        Ok((listed, context)) => (Ok(listed), Some(context)),
         Err(error) => (Err(error), None),
     };
-    Finished::Listed { ids, context }
+    Finished::Listed { listed, context, engine }
 }
 
-async fn look(engine: Engine, id: String, heard: u64, shared: Option<Shared>, now_nanos: i64) -> Finished {
+async fn look(
+    engine: Engine,
+    id: String,
+    (heard, serial): (u64, u64),
+    shared: Option<Shared>,
+    now_nanos: i64,
+) -> Finished {
     let outcome = async {
         let Some(mut seen) = engine.inspect(&id).await? else {
             return Ok(None);
@@ -724,7 +871,7 @@ async fn look(engine: Engine, id: String, heard: u64, shared: Option<Shared>, no
         Ok(Some(seen))
     };
     let outcome = outcome.await;
-    Finished::Looked { id, heard, outcome }
+    Finished::Looked { id, heard, serial, outcome }
 }
 
 #[cfg(test)]

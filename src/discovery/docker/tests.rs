@@ -15,9 +15,10 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{UnixListener, UnixStream},
+    time::timeout,
 };
 
-use super::*;
+use super::{engine::ANSWER_TIMEOUT, *};
 
 /// 2100-01-01T00:00:00Z, when every container here was started: what happens to them happens after watching began.
 const STARTED_S: i64 = 4_102_444_800;
@@ -39,6 +40,16 @@ struct Script {
     held: Vec<&'static str>,
     /// Answers to everything under this path.
     broken: Option<(&'static str, &'static str)>,
+    /// Status and body for paths that hold a text.
+    failing: Vec<(&'static str, &'static str, &'static str)>,
+    /// Paths without this before them are refused with 403.
+    prefix: &'static str,
+    /// What the engine says to a version that it does not take; else that is refused, too.
+    refusal: Option<&'static str>,
+    /// It is Podman.
+    is_podman: bool,
+    /// Paths that were asked for.
+    asked: Vec<String>,
 }
 
 /// A request that waits for its answer, which was made when it came.
@@ -92,14 +103,46 @@ fn answer(status: &str, body: &str) -> String {
 }
 
 impl Script {
-    fn answer(&self, path: &str) -> String {
+    fn answer(&mut self, path: &str) -> String {
+        self.asked.push(path.to_owned());
+        let Some(path) = path.strip_prefix(self.prefix) else {
+            let (status, message) = match self.refusal.filter(|_| path.starts_with("/v")) {
+                Some(refusal) => ("400 Bad Request", refusal),
+                None => ("403 Forbidden", "no"),
+            };
+            return answer(status, &json!({ "message": message }).to_string());
+        };
+        let answer = self.answer_plainly(path);
+        match self.is_podman {
+            true => answer.replacen("\r\n", "\r\nLibpod-Api-Version: 5.4.2\r\n", 1),
+            false => answer,
+        }
+    }
+
+    /// What the list says of a container: `listed` in its JSON is put over the usual.
+    fn listed(&self, id: &str) -> Value {
+        let mut entry = json!({
+            "Id": id, "Names": [format!("/{id}")], "Image": "llm", "State": "running",
+            "Labels": { "inference.enable": "true" },
+        });
+        for (field, value) in self.containers[id]["listed"].as_object().into_iter().flatten() {
+            entry[field] = value.clone();
+        }
+        entry
+    }
+
+    fn answer_plainly(&self, path: &str) -> String {
+        if let Some((_, status, body)) = self.failing.iter().find(|(part, ..)| path.contains(part)) {
+            return answer(status, body);
+        }
         if let Some((_, body)) = self.broken.filter(|(under, _)| path.starts_with(under)) {
             return answer("200 OK", body);
         }
         if path == "/containers/json" {
-            let alive = |json: &Value| json["State"]["Status"] != "exited";
+            let is_left_out = |status: &str| matches!(status, "exited" | "stopping" | "stopped");
+            let alive = |json: &Value| !json["State"]["Status"].as_str().is_some_and(is_left_out);
             let ids = self.containers.iter().filter(|(_, json)| alive(json));
-            let list: Vec<Value> = ids.map(|(id, _)| json!({ "Id": id, "State": "running" })).collect();
+            let list: Vec<Value> = ids.map(|(id, _)| self.listed(id)).collect();
             return answer("200 OK", &Value::from(list).to_string());
         }
         let id = path.trim_start_matches("/containers/").trim_end_matches("/json");
@@ -127,12 +170,16 @@ async fn serve(
     let target = head.split(' ').nth(1).unwrap();
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let (broken, is_held, answer) = {
-        let script = script.lock().unwrap();
+        let mut script = script.lock().unwrap();
         let broken = script.broken.is_some_and(|(under, _)| path.starts_with(under));
         let is_held = script.held.iter().any(|part| path.contains(part));
         (broken, is_held, script.answer(path))
     };
-    if path == "/events" {
+    if path.ends_with("/events") {
+        if answer.starts_with("HTTP/1.1 403") {
+            connection.write_all(answer.as_bytes()).await.unwrap();
+            return;
+        }
         if broken {
             let forbidden = self::answer("403 Forbidden", r#"{"message":"not allowed"}"#);
             connection.write_all(forbidden.as_bytes()).await.unwrap();
@@ -218,6 +265,11 @@ impl FakeEngine {
             Ok(Change::Detached(id)) => format!("detached {id}"),
             Ok(Change::OutOfMemory(id)) => format!("oom {id}"),
             Ok(Change::Ended(id)) => format!("ended {id}"),
+            Ok(Change::Notes(notes)) => {
+                let texts: Vec<String> =
+                    notes.into_iter().map(|note| format!("{}; {}", note.what, note.advice)).collect();
+                format!("notes {}", texts.join(" | "))
+            }
         }
     }
 
@@ -491,6 +543,10 @@ async fn a_container_that_cannot_be_looked_at_delays_no_other() {
     // The whole truth needs all looks, but does not wait for ever.
     let changes = engine.until("reset ").await;
     assert!(changes.iter().all(|change| change == "upsert b" || change == "ended b"), "{changes:?}");
+    assert!(began_at.elapsed() <= Duration::from_secs(1), "{:?}", began_at.elapsed());
+    // It is told of with the reason, once the engine has had its time.
+    let changes = engine.until("upsert a").await;
+    assert!(changes.iter().all(|change| change == "reset "), "{changes:?}");
     assert!(began_at.elapsed() <= ANSWER_TIMEOUT + Duration::from_secs(1));
 }
 
@@ -553,7 +609,7 @@ async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
     engine.listen();
     let endpoint =
         DockerEndpoint { host: Some(format!("unix://{}", engine.path.display())), ..DockerEndpoint::default() };
-    let client = Engine::connect(&endpoint).unwrap();
+    let client = Engine::connect(&endpoint, None).unwrap();
     let candidates = || Ok(vec!["short".to_owned(), "self".to_owned()]);
     let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new()), mpsc::channel(1).1).context;
     let in_app = |context: &Context| match &context.vantage {
@@ -573,4 +629,384 @@ async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
     // That there is no such container is an answer.
     engine.change(|script| *script = Script::default());
     assert_eq!(locate(&client, located, candidates(), clock()).await.unwrap().self_id, None);
+}
+
+/// Changes a container of the script.
+fn set(engine: &FakeEngine, id: &'static str, change: impl FnOnce(&mut Value)) {
+    engine.change(|script| change(script.containers.get_mut(id).unwrap()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_container_with_unknown_words_hides_no_other_and_not_itself() {
+    for (what, change) in [
+        ("health", (|json| json["State"]["Health"] = json!({ "Status": "reset" })) as fn(&mut Value)),
+        ("health of another type", |json| json["State"]["Health"] = json!(["reset"])),
+        ("state", |json| json["State"]["Status"] = "hibernating".into()),
+        ("state of another type", |json| json["State"]["Status"] = json!(7)),
+        ("port type", |json| {
+            json["NetworkSettings"]["Ports"]["443/quic"] = json!([{ "HostIp": 7, "HostPort": "x" }]);
+            json["Config"]["ExposedPorts"] = json!({ "443/quic": {}, "8000/tcp": [] });
+        }),
+        ("restart policy", |json| json["HostConfig"]["RestartPolicy"] = json!({ "Name": "sometimes" })),
+        ("list: state", |json| json["listed"] = json!({ "State": "hibernating" })),
+        ("list: health", |json| json["listed"] = json!({ "Health": { "Status": "reset", "FailingStreak": "0" } })),
+        ("list: ports", |json| json["listed"] = json!({ "Ports": [{ "Type": "quic", "PrivatePort": "443" }] })),
+        ("list: all of another type", |json| {
+            json["listed"] =
+                json!({ "Names": 7, "Image": [], "Labels": "x", "State": {}, "Mounts": 1, "Created": "x" });
+        }),
+        ("no name", |json| json["Name"] = json!(null)),
+        ("no config", |json| json["Config"] = json!("secret")),
+        ("no state", |json| json["State"] = json!(null)),
+        ("no host config", |json| json["HostConfig"] = json!([])),
+    ] {
+        let mut engine = FakeEngine::new(&["a", "b"]);
+        set(&engine, "a", change);
+        engine.listen();
+        let mut changes = engine.until("reset a b").await;
+        changes.sort();
+        assert_eq!(changes, ["upsert a", "upsert b"], "{what}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_entry_of_the_list_without_an_id_hides_no_other() {
+    let mut engine = FakeEngine::new(&["a", "b"]);
+    set(&engine, "a", |json| json["listed"] = json!({ "Id": 7 }));
+    engine.listen();
+    assert_eq!(engine.until("reset b").await, ["upsert b"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_that_cannot_be_read_is_skipped_and_never_asked_for_again() {
+    for line in [
+        "<html>",
+        r#"{"Type":"container","Action":7,"timeNano":4102444812000000000}"#,
+        r#"{"Type":"container","Action":"die","Actor":{"ID":7},"timeNano":4102444812000000000}"#,
+        r#"{"Type":"container","Action":"die",bad,"timeNano":4102444812000000000}"#,
+        r#"{"Type":"wormhole","Action":"open","timeNano":4102444812000000000}"#,
+        r#"[1,2]"#,
+    ] {
+        CLOCK_S.set(0);
+        let (mut engine, mut stream) = FakeEngine::synced(&["a"]).await;
+        CLOCK_S.set(20);
+        stream.send(line).await;
+        stream.send(&event("a", "oom", 11)).await;
+        assert_eq!(engine.next().await, "oom a", "the stream goes on after {line}");
+        assert_eq!(engine.next().await, "upsert a");
+        assert!(engine.streams.try_recv().is_err(), "{line}");
+        // Its time has passed also when it is the last that is heard.
+        stream.send(line).await;
+        drop(stream);
+        let again = engine.stream().await;
+        let is_timed = line.contains("4102444812") && !line.contains("wormhole");
+        assert_eq!(again.since, (STARTED_S + if is_timed { 11 } else { 10 }) * SECOND, "{line}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_that_cannot_be_read_brings_the_list_soon() {
+    let (mut engine, mut stream) = FakeEngine::synced(&["a", "b"]).await;
+    engine.change(|script| drop(script.containers.remove("a")));
+    let began_at = Instant::now();
+    stream.send(r#"{"Type":"container","Action":"die","Actor":"a","timeNano":4102444812000000000}"#).await;
+    let changes = engine.until("ended a").await;
+    assert!(changes.iter().all(|change| change == "upsert b"), "{changes:?}");
+    assert!(began_at.elapsed() <= Duration::from_secs(6), "{:?}", began_at.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn paths_with_a_version_are_used_where_others_are_refused() {
+    let too_new = Some("client version 1.44 is too new. Maximum supported API version is 1.25");
+    let too_old = Some("client version 1.44 is too old. Minimum supported API version is 1.59, please upgrade");
+    for (prefix, refusal, most) in [
+        ("/v1.44", None, 2),
+        ("/v1.41", None, 3),
+        ("/v1.24", None, 40),
+        ("/v1.60", None, 40),
+        ("/v1.47", None, 40),
+        ("/v1.25", too_new, 3),
+        ("/v1.59", too_old, 3),
+    ] {
+        let mut engine = FakeEngine::new(&["a"]);
+        engine.change(|script| (script.prefix, script.refusal) = (prefix, refusal));
+        engine.listen();
+        let changes = engine.until("reset a").await;
+        let note = changes.iter().find(|change| change.starts_with("notes")).expect("it is said");
+        assert!(changes.len() == 2 && note.contains(&format!("those with {} are used", &prefix[1..])), "{changes:?}");
+        let lists = |script: &Script| script.asked.iter().filter(|path| path.contains("/containers/json")).count();
+        engine.change(|script| assert!(lists(script) <= most, "{:?}", script.asked));
+        let mut stream = engine.stream().await;
+        stream.send(&event("a", "pause", 1)).await;
+        assert_eq!(engine.until("suspended a").await, [""; 0], "{prefix}: events, too");
+        engine.change(|script| script.asked.clear());
+        // The next list goes there at once.
+        engine.until("reset a").await;
+        engine.change(|script| assert!(script.asked.iter().all(|path| path.starts_with(prefix)), "{:?}", script.asked));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_version_that_works_no_longer_is_replaced() {
+    let mut engine = FakeEngine::new(&["a"]);
+    engine.change(|script| script.prefix = "/v1.41");
+    engine.listen();
+    engine.until("reset a").await;
+    for prefix in ["/v1.44", ""] {
+        engine.change(|script| script.prefix = prefix);
+        engine.change(|script| drop(script.containers.insert("b", container("b", "running"))));
+        engine.until("reset a b").await;
+        engine.change(|script| drop(script.containers.remove("b")));
+        engine.until("reset a").await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_no_path_is_allowed_it_is_said_what_to_allow_and_asked_on() {
+    let mut engine = FakeEngine::new(&["a"]);
+    engine.change(|script| script.prefix = "/nowhere");
+    engine.listen();
+    let error = engine.next().await;
+    assert!(error.contains("403") && error.contains("GET /events") && error.contains("/v1.24 to /v1.60"), "{error}");
+    engine.change(|script| script.asked.clear());
+    for _ in 0..5 {
+        engine.next().await;
+    }
+    engine.change(|script| assert!(script.asked.len() < 40, "not all versions each time: {}", script.asked.len()));
+    engine.change(|script| script.prefix = "");
+    while engine.next().await != "reset a" {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn podmans_stop_is_noticed_by_what_the_list_lacks() {
+    let mut engine = FakeEngine::new(&["a", "b", "c"]);
+    engine.change(|script| script.is_podman = true);
+    engine.listen();
+    engine.until("reset a b c").await;
+    let _stream = engine.stream().await;
+    // Some seconds of peace: the list is asked for, containers are not.
+    engine.change(|script| script.asked.clear());
+    assert!(timeout(Duration::from_millis(5_500), engine.changes.next()).await.is_err());
+    engine.change(|script| {
+        let lists = script.asked.iter().filter(|path| *path == "/containers/json").count();
+        assert!((5..=6).contains(&lists) && script.asked.len() == lists, "{:?}", script.asked);
+        script.asked.clear();
+    });
+    set(&engine, "a", |json| json["State"]["Status"] = "stopping".into());
+    let stopped_at = Instant::now();
+    assert_eq!(engine.until("stopping a").await, ["upsert a"]);
+    assert!(stopped_at.elapsed() <= Duration::from_millis(1_200), "{:?}", stopped_at.elapsed());
+    engine.change(|script| {
+        let looks: Vec<&String> = script.asked.iter().filter(|path| *path != "/containers/json").collect();
+        assert!(looks.iter().all(|path| *path == "/containers/a/json"), "{looks:?}");
+    });
+    for status in ["stopped", "exited"] {
+        let id = if status == "stopped" { "a" } else { "b" };
+        set(&engine, id, |json| json["State"]["Status"] = status.into());
+        let ended_at = Instant::now();
+        let changes = engine.until(&format!("ended {id}")).await;
+        assert!(
+            changes.iter().all(|change| change == "upsert a" || change == "stopping a"),
+            "{changes:?} {:?}",
+            ended_at.elapsed()
+        );
+        assert!(ended_at.elapsed() <= Duration::from_millis(1_200), "{status}: {:?}", ended_at.elapsed());
+    }
+    // What Podman lists as stopping, as later versions do, is looked at as well.
+    engine.change(|script| script.containers.get_mut("c").unwrap()["listed"] = json!({ "State": "stopping" }));
+    set(&engine, "c", |json| json["State"]["Status"] = "stopping".into());
+    assert_eq!(engine.until("stopping c").await, ["upsert c"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_is_not_podman_is_not_listed_each_second() {
+    let (mut engine, _stream) = FakeEngine::synced(&["a"]).await;
+    engine.change(|script| script.asked.clear());
+    assert!(timeout(Duration::from_secs(20), engine.changes.next()).await.is_err());
+    engine.change(|script| assert_eq!(script.asked, [""; 0]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_is_being_stopped_when_the_proxy_begins_is_never_open() {
+    let mut engine = FakeEngine::new(&["a"]);
+    engine.change(|script| script.is_podman = true);
+    set(&engine, "a", |json| json["State"]["Status"] = "stopping".into());
+    engine.change(|script| drop(script.containers.insert("b", container("b", "running"))));
+    engine.listen();
+    engine.until("reset b").await;
+    let mut stream = engine.stream().await;
+    stream.send(&event("a", "update", 1)).await;
+    assert_eq!([engine.next().await, engine.next().await], ["upsert a", "stopping a"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn podmans_network_events_are_heard() {
+    let mut engine = FakeEngine::new(&["a"]);
+    set(&engine, "a", |json| {
+        json["NetworkSettings"] = json!({ "Networks": { "app": { "NetworkID": "n1", "IPAddress": "127.0.0.9" } } });
+        json["Config"]["Labels"]["inference.port"] = "8000".into();
+    });
+    engine.listen();
+    engine.until("reset a").await;
+    let mut stream = engine.stream().await;
+    let of_network = |action: &str, network: &str, at_s: i64| {
+        json!({
+            "Type": "network", "Action": action, "timeNano": (STARTED_S + at_s) * 1_000_000_000,
+            "Actor": { "ID": "a", "Attributes": { "image": "", "name": "", "network": network, "podId": "" } },
+        })
+        .to_string()
+    };
+    stream.send(&of_network("connect", "other", 1)).await;
+    assert_eq!(engine.next().await, "upsert a");
+    stream.send(&of_network("disconnect", "other", 2)).await;
+    assert_eq!(engine.next().await, "upsert a", "that network is not used");
+}
+
+/// The endpoint of the next [`Change::Upsert`] of this container.
+async fn upserted(engine: &mut FakeEngine, id: &str) -> Endpoint {
+    loop {
+        match timeout(Duration::from_secs(120), engine.changes.next()).await.unwrap().unwrap() {
+            Ok(Change::Upsert(endpoint)) if &*endpoint.id == id => return *endpoint,
+            _ => {}
+        }
+    }
+}
+
+const PAGE: &str = "<html><head><title>404 Not Found</title></head><body>no such container</body></html>";
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_cannot_be_inspected_is_in_the_table_with_the_reason() {
+    for (status, body, expect) in [
+        ("403 Forbidden", r#"{"message":"secret"}"#, "403"),
+        ("404 Not Found", PAGE, "404"),
+        ("404 Not Found", "404 page not found", "404"),
+        ("404 Not Found", "", "404"),
+        ("409 Conflict", r#"{"message":"secret"}"#, "409"),
+        ("500 Internal Server Error", r#"{"message":"secret"}"#, "500"),
+        ("502 Bad Gateway", PAGE, "502"),
+        ("200 OK", "secret", "cannot be read"),
+        ("200 OK", r#"{"Id":"a","State":{"Stat"#, "cannot be read"),
+        ("200 OK", r#"{"message":"secret"}"#, "cannot be read"),
+        ("200 OK", "[]", "cannot be read"),
+        ("200 OK", "", "cannot be read"),
+    ] {
+        let mut engine = FakeEngine::new(&["a", "b"]);
+        engine.change(|script| script.failing.push(("/a/json", status, body)));
+        engine.listen();
+        let endpoint = upserted(&mut engine, "a").await;
+        let obstacle = endpoint.reach.unwrap_err();
+        assert!(obstacle.what.contains(expect) && !obstacle.what.contains("secret"), "{status}: {obstacle:?}");
+        assert_eq!((endpoint.name.as_str(), endpoint.image.as_str()), ("a", "llm"), "{status}");
+        engine.until("reset a b").await;
+        // It is tried again, and is as any other then.
+        engine.change(|script| script.failing.clear());
+        assert!(upserted(&mut engine, "a").await.reach.is_ok(), "{status} {body}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_not_the_engines_removes_nothing_and_its_list_does() {
+    for (status, body) in [("404 Not Found", PAGE), ("404 Not Found", ""), ("403 Forbidden", "{}"), ("500 Oh", "{}")] {
+        let (mut engine, mut stream) = FakeEngine::synced(&["a", "b"]).await;
+        engine.change(|script| script.failing.push(("/a/json", status, body)));
+        stream.send(&event("a", "health_status: healthy", 1)).await;
+        let changes = engine.until("reset a b").await;
+        assert!(!changes.iter().any(|change| change.starts_with("ended") || change == "upsert a"), "{changes:?}");
+        let notes = changes.iter().find(|change| change.starts_with("notes")).unwrap();
+        assert!(notes.contains("inspect fails for a"), "{notes}");
+        engine.change(|script| drop(script.containers.remove("a")));
+        engine.until("ended a").await;
+        engine.until("reset b").await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_page_that_is_not_the_engines_does_not_move_the_proxy() {
+    let engine = FakeEngine::new(&["self"]);
+    engine.listen();
+    let host = Some(format!("unix://{}", engine.path.display()));
+    let endpoint = DockerEndpoint { host, ..DockerEndpoint::default() };
+    let client = Engine::connect(&endpoint, None).unwrap();
+    let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new()), mpsc::channel(1).1).context;
+    let located = locate(&client, unknown, Ok(vec!["self".to_owned()]), clock()).await.unwrap();
+    assert_eq!(located.self_id.as_deref(), Some("self"));
+    for (status, body) in [("404 Not Found", PAGE), ("404 Not Found", "nothing here"), ("403 Forbidden", "no")] {
+        engine.change(|script| script.failing = vec![("/self/json", status, body)]);
+        let later = locate(&client, located.clone(), Ok(vec!["self".to_owned()]), clock()).await.unwrap();
+        assert_eq!(later.self_id.as_deref(), Some("self"), "{status} {body}");
+        assert!(matches!(later.vantage, Vantage::Container { .. }), "{status} {body}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_that_leaves_containers_out_is_said() {
+    let ids: Vec<&'static str> = (0..1_100).map(|n| &*Box::leak(format!("c{n:04}").into_boxed_str())).collect();
+    let mut engine = FakeEngine::new(&ids);
+    engine.listen();
+    let mut seen = HashSet::new();
+    let mut said = String::new();
+    loop {
+        match engine.next().await {
+            change if change.starts_with("reset") => break,
+            change if change.starts_with("notes") => said = change,
+            change => drop(seen.insert(change)),
+        }
+    }
+    assert_eq!(seen.len(), CONTAINERS_MAX);
+    assert!(said.contains("1100") && said.contains("1000") && said.contains("100 are left out"), "{said}");
+    engine.change(|script| script.containers.retain(|id, _| *id < "c0050"));
+    engine.until("notes ").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_containers_that_cannot_be_looked_at_delay_no_other() {
+    for hanging in [8, 40, 200] {
+        let ids: Vec<&'static str> = (0..hanging).map(|n| &*Box::leak(format!("a{n:03}").into_boxed_str())).collect();
+        let mut engine = FakeEngine::new(&ids);
+        engine.to_test.1 = mpsc::channel(1024).0;
+        let (sender, held) = mpsc::channel(1024);
+        (engine.to_test.1, engine.held) = (sender, held);
+        engine.change(|script| {
+            script.held.push("/a");
+            script.containers.insert("z", container("z", "running"));
+        });
+        engine.listen();
+        let began_at = Instant::now();
+        engine.until("upsert z").await;
+        engine.until("reset z").await;
+        assert!(began_at.elapsed() < Duration::from_secs(3), "{hanging}: {:?}", began_at.elapsed());
+        let mut stream = engine.stream().await;
+        engine.change(|script| drop(script.containers.insert("y", container("y", "running"))));
+        let began_at = Instant::now();
+        stream.send(&event("y", "start", 1)).await;
+        engine.until("upsert y").await;
+        assert!(began_at.elapsed() < Duration::from_millis(200), "{hanging}: {:?}", began_at.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_stream_that_stays_silent_is_said_and_replaced_by_lists() {
+    let (mut engine, stream) = FakeEngine::synced(&["a"]).await;
+    engine.change(|script| drop(script.containers.insert("b", container("b", "running"))));
+    engine.until("reset a b").await;
+    let said = loop {
+        match engine.next().await {
+            change if change.starts_with("notes") => break change,
+            _ => {}
+        }
+    };
+    assert!(said.contains("silent") && said.contains("GET /events"), "{said}");
+    engine.change(|script| drop(script.containers.insert("c", container("c", "running"))));
+    let began_at = Instant::now();
+    engine.until("upsert c").await;
+    assert!(began_at.elapsed() < Duration::from_secs(7), "{:?}", began_at.elapsed());
+    engine.until("reset a b c").await;
+    // It speaks after all.
+    drop(stream);
+    let mut streams = Vec::new();
+    while let Ok(Some(stream)) = timeout(Duration::from_millis(100), engine.streams.recv()).await {
+        streams.push(stream);
+    }
+    streams.last_mut().unwrap().send(&event("a", "oom", 40)).await;
+    engine.until("notes ").await;
 }
