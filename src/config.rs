@@ -66,7 +66,7 @@ const OWN: &[Knob] = &[
     knob("PROXY_REQUIRE_HEALTHCHECK", "false", "true: ignore containers that have no HEALTHCHECK; false: probe them"),
     knob("PROXY_MODELS_REFRESH", "30s", "how often live backends are asked again for their models"),
     knob("PROXY_MODEL_GRACE", "60s", "how long a model that has gone is answered with 503 instead of 404"),
-    knob("PROXY_RETRIES", "1", "further attempts on another backend, only before the first response byte"),
+    knob("PROXY_RETRIES", "1", "further attempts on another backend, only before anything of an answer was passed on"),
     knob(
         "PROXY_QUEUE_MAX",
         "256",

@@ -105,7 +105,7 @@ pub enum ProxyError {
         knob: &'static str,
     },
     /// The backend refused the connection, or broke before the first byte of its answer.
-    #[error("backend `{backend}` {what} before it answered ({attempts} attempt(s) made)")]
+    #[error("backend `{backend}` {what} ({attempts} attempt(s) made)")]
     Backend {
         /// Container name.
         backend: String,
@@ -114,11 +114,29 @@ pub enum ProxyError {
         /// Attempts in all.
         attempts: u32,
     },
+    /// The backend sent what is no answer.
+    #[error("backend `{backend}` sent something that is no HTTP answer: {why} ({attempts} attempt(s) made)")]
+    BadAnswer {
+        /// Container name.
+        backend: String,
+        /// What is wrong with it; a fixed text.
+        why: &'static str,
+        /// Attempts in all.
+        attempts: u32,
+    },
+    /// The proxy has no descriptor, port or memory left for a connection.
+    #[error(
+        "the proxy itself is short of file descriptors, ports or memory for a connection to a backend; try again shortly, \
+         and raise its limit (`ulimit -n`, or `ulimits: nofile` in Compose) if this happens often"
+    )]
+    Shortage,
     /// The backend broke off in the middle of its answer.
-    #[error("backend `{backend}` broke off its answer; nothing more of it will come")]
+    #[error("backend `{backend}` broke off its answer ({why}); nothing more of it will come")]
     BrokenOff {
         /// Container name.
         backend: String,
+        /// How.
+        why: String,
     },
     /// A time limit that the user set ran out before the first byte.
     #[error("backend `{backend}` gave no answer within {limit:?} ({knob})")]
@@ -146,10 +164,14 @@ impl ProxyError {
             ProxyError::NoSuchPath { .. } | ProxyError::ModelNotFound { .. } => StatusCode::NOT_FOUND,
             ProxyError::AnswerGone { .. } => StatusCode::NOT_FOUND,
             ProxyError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => StatusCode::SERVICE_UNAVAILABLE,
+            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Shortage => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             ProxyError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
             ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            ProxyError::Backend { .. } | ProxyError::BrokenOff { .. } => StatusCode::BAD_GATEWAY,
+            ProxyError::Backend { .. } | ProxyError::BadAnswer { .. } | ProxyError::BrokenOff { .. } => {
+                StatusCode::BAD_GATEWAY
+            }
             ProxyError::BackendTimeout { .. } => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -167,6 +189,7 @@ impl ProxyError {
         "model_not_found",
         "model_unavailable",
         "overloaded",
+        "proxy_shortage",
         "request_too_large",
         "backend_error",
         "backend_timeout",
@@ -184,8 +207,9 @@ impl ProxyError {
             ProxyError::ModelNotFound { .. } => "model_not_found",
             ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => "model_unavailable",
             ProxyError::Overloaded { .. } => "overloaded",
+            ProxyError::Shortage => "proxy_shortage",
             ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => "request_too_large",
-            ProxyError::Backend { .. } | ProxyError::BrokenOff { .. } => "backend_error",
+            ProxyError::Backend { .. } | ProxyError::BadAnswer { .. } | ProxyError::BrokenOff { .. } => "backend_error",
             ProxyError::BackendTimeout { .. } => "backend_timeout",
         }
     }
@@ -239,7 +263,10 @@ impl ProxyError {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(header::VARY, HeaderValue::from_static(DIALECT_HEADER));
         match self {
-            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Overloaded { .. } => {
+            ProxyError::ModelUnavailable { .. }
+            | ProxyError::NoBackend
+            | ProxyError::Shortage
+            | ProxyError::Overloaded { .. } => {
                 let known = if let ProxyError::Overloaded { retry_after, .. } = self { *retry_after } else { None };
                 // Whole seconds, rounded up: who comes back early comes in vain.
                 let seconds = known.map_or(RETRY_AFTER_SECONDS, |wait| wait.as_millis().div_ceil(1_000).max(1) as u64);
@@ -291,7 +318,9 @@ mod tests {
             (ProxyError::Overloaded { what: text(), retry_after: None }, 429, "overloaded"),
             (ProxyError::TooLarge { limit_bytes: 1, knob: "PROXY_MAX_BODY" }, 413, "request_too_large"),
             (ProxyError::Backend { backend: text(), what: "refused", attempts: 1 }, 502, "backend_error"),
-            (ProxyError::BrokenOff { backend: text() }, 502, "backend_error"),
+            (ProxyError::BadAnswer { backend: text(), why: "x", attempts: 1 }, 502, "backend_error"),
+            (ProxyError::Shortage, 503, "proxy_shortage"),
+            (ProxyError::BrokenOff { backend: text(), why: text() }, 502, "backend_error"),
             (
                 ProxyError::BackendTimeout { backend: text(), limit: Duration::from_secs(1), knob: "K" },
                 504,

@@ -109,6 +109,13 @@ pub struct Cursor {
     sent_bytes: u64,
 }
 
+impl Cursor {
+    /// So many bytes of the body have been sent.
+    pub fn sent_bytes(self) -> u64 {
+        self.sent_bytes
+    }
+}
+
 /// Pieces of a body, with what they count for; gives it back when dropped.
 #[derive(Debug)]
 struct Held {

@@ -51,12 +51,14 @@ pub enum Trouble {
     Unreachable,
     /// Its connection ended before an answer.
     Ended,
-    /// It sent what is no answer.
-    Nonsense,
+    /// It sent what is no answer, for this reason.
+    Nonsense(&'static str),
     /// A time limit that the user set ran out.
     TimedOut,
     /// Its answer broke off.
     BrokeOff,
+    /// The framing of its answer broke, for this reason.
+    BadFraming(&'static str),
     /// It answered with this status.
     Status(u16),
 }
@@ -79,6 +81,8 @@ pub struct Tally {
     turned_away: AtomicU64,
     /// Milliseconds since `born` and the kind of trouble in one word; 0 while there was none.
     trouble: AtomicU64,
+    /// Of the last trouble that has one. Locked by those that are sent nonsense, and to be read.
+    reason: Mutex<&'static str>,
     tokens: Recent,
     first_token_ms: Recent,
     first_tokens: Recent,
@@ -101,24 +105,33 @@ impl Trouble {
             Trouble::ConnectTimedOut => 2,
             Trouble::Unreachable => 3,
             Trouble::Ended => 4,
-            Trouble::Nonsense => 5,
+            Trouble::Nonsense(_) => 5,
             Trouble::TimedOut => 6,
             Trouble::BrokeOff => 7,
+            Trouble::BadFraming(_) => 8,
             // No status is below 100.
             Trouble::Status(status) => u64::from(status),
         }
     }
 
-    fn of(code: u64) -> Option<Trouble> {
+    fn reason(self) -> Option<&'static str> {
+        match self {
+            Trouble::Nonsense(why) | Trouble::BadFraming(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    fn of(code: u64, reason: impl FnOnce() -> &'static str) -> Option<Trouble> {
         Some(match code {
             0 => return None,
             1 => Trouble::Refused,
             2 => Trouble::ConnectTimedOut,
             3 => Trouble::Unreachable,
             4 => Trouble::Ended,
-            5 => Trouble::Nonsense,
+            5 => Trouble::Nonsense(reason()),
             6 => Trouble::TimedOut,
             7 => Trouble::BrokeOff,
+            8 => Trouble::BadFraming(reason()),
             status => Trouble::Status(u16::try_from(status).unwrap_or(u16::MAX)),
         })
     }
@@ -131,9 +144,10 @@ impl fmt::Display for Trouble {
             Trouble::ConnectTimedOut => "it did not accept the connection in time (PROXY_CONNECT_TIMEOUT)",
             Trouble::Unreachable => "it could not be reached",
             Trouble::Ended => "it closed the connection before it answered",
-            Trouble::Nonsense => "it sent something that is no HTTP answer",
+            Trouble::Nonsense(why) => return write!(f, "it sent something that is no HTTP answer: {why}"),
             Trouble::TimedOut => "it did not answer in time (PROXY_FIRST_BYTE_TIMEOUT, PROXY_IDLE_TIMEOUT)",
             Trouble::BrokeOff => "its answer broke off",
+            Trouble::BadFraming(why) => return write!(f, "its answer broke off: {why}"),
             Trouble::Status(status) => return write!(f, "it answered {status}"),
         })
     }
@@ -150,6 +164,7 @@ impl Tally {
             failed: AtomicU64::new(0),
             turned_away: AtomicU64::new(0),
             trouble: AtomicU64::new(0),
+            reason: Mutex::default(),
             tokens: Recent::default(),
             first_token_ms: Recent::default(),
             first_tokens: Recent::default(),
@@ -170,6 +185,9 @@ impl Tally {
 
     /// An attempt has failed in this way.
     pub fn troubled(&self, trouble: Trouble, now: Instant) {
+        if let Some(reason) = trouble.reason() {
+            *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+        }
         let word = self.ms(now) << Trouble::KIND_BITS | trouble.code();
         self.trouble.store(word, Relaxed);
     }
@@ -227,7 +245,8 @@ impl Tally {
     /// How an attempt failed last, and how long ago.
     pub fn last_trouble(&self, now: Instant) -> Option<(Trouble, Duration)> {
         let word = self.trouble.load(Relaxed);
-        let trouble = Trouble::of(word & ((1 << Trouble::KIND_BITS) - 1))?;
+        let reason = || *self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+        let trouble = Trouble::of(word & ((1 << Trouble::KIND_BITS) - 1), reason)?;
         let ago = self.ms(now).saturating_sub(word >> Trouble::KIND_BITS);
         Some((trouble, Duration::from_millis(ago)))
     }
@@ -362,9 +381,10 @@ mod tests {
             Trouble::ConnectTimedOut,
             Trouble::Unreachable,
             Trouble::Ended,
-            Trouble::Nonsense,
+            Trouble::Nonsense("why"),
             Trouble::TimedOut,
             Trouble::BrokeOff,
+            Trouble::BadFraming("why not"),
             Trouble::Status(500),
             Trouble::Status(999),
         ] {

@@ -20,6 +20,13 @@ pub enum Framing {
 #[error("{0}")]
 pub struct FramingError(&'static str);
 
+impl FramingError {
+    /// What is wrong, without a word of the body.
+    pub fn why(self) -> &'static str {
+        self.0
+    }
+}
+
 /// Follows a body through the bytes of a connection, cut anywhere.
 #[derive(Debug, Clone)]
 pub struct BodyDecoder {

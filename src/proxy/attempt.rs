@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     client::{BodyWait, Client, Gone, READ_BYTES, Transport, with_scratch},
-    failure::{Stage, What},
+    failure::{Stage, What, why_no_head, why_no_http},
     headers,
 };
 use crate::{
@@ -32,6 +32,9 @@ pub const ANSWER_READ_BYTES: usize = 32 * 1024;
 const INTERIM_MAX: u32 = 64;
 /// Interim answers that a client has not read yet; more are dropped, they are hints.
 const INTERIM_BYTES_MAX: usize = 16 * 1024;
+
+/// So much of a request a backend's machine takes in, though the backend itself reads nothing of it.
+const UNREAD_BYTES_MAX: u64 = 48 * 1024;
 
 /// A request on its way over one connection.
 #[derive(Debug)]
@@ -51,6 +54,10 @@ pub struct Attempt {
     /// The backend takes no more of the request. It may have answered all the same.
     write_failed: bool,
     interim_left: u32,
+    /// Interim answers have been passed on to the client.
+    has_passed_on: bool,
+    /// The head of the answer had come before all of the request was sent.
+    is_early: bool,
 }
 
 /// Why there is no answer.
@@ -92,11 +99,31 @@ impl Attempt {
             has_heard: false,
             write_failed: false,
             interim_left: INTERIM_MAX,
+            has_passed_on: false,
+            is_early: false,
         }
     }
 
-    fn stage(&self) -> Stage {
-        if self.has_heard { Stage::Begun } else { Stage::Unanswered { reused: self.lease.reused } }
+    /// How far it has come.
+    pub fn stage(&self) -> Stage {
+        match (self.has_heard, self.has_passed_on) {
+            (_, true) => Stage::Answered,
+            (true, false) => Stage::Begun,
+            (false, false) => Stage::Unanswered { reused: self.lease.reused },
+        }
+    }
+
+    /// The way to its answer leaves a doubt where the next one on this connection would begin: it came before all of the
+    /// request was sent, so perhaps the rest was not read, or after interim answers, so perhaps another one is on its way.
+    pub fn leaves_doubt(&self) -> bool {
+        self.is_early || self.interim_left < INTERIM_MAX
+    }
+
+    /// No head of an answer comes any more.
+    fn failed(&self, what: What) -> Stop {
+        // Interim answers are no answer: what the client gets can still be an error of the proxy's own.
+        let stage = if self.has_passed_on { Stage::Begun } else { self.stage() };
+        Stop::Failed(what, stage)
     }
 
     /// Sends, and waits for the head of the answer, for up to `limit` where it is the backend that is waited for.
@@ -118,7 +145,7 @@ impl Attempt {
             self.lease.use_in(cx);
             loop {
                 if self.lease.is_cut() {
-                    return Poll::Ready(Err(Stop::Failed(What::Ended, self.stage())));
+                    return Poll::Ready(Err(self.failed(What::Ended)));
                 }
                 if let Poll::Ready(Err(Gone)) = client.poll_flush(cx) {
                     return Poll::Ready(Err(Stop::Gone));
@@ -131,26 +158,31 @@ impl Attempt {
                 }
                 match self.poll_head(cx) {
                     Poll::Pending => break,
-                    Poll::Ready(Err(what)) => return Poll::Ready(Err(Stop::Failed(what, self.stage()))),
+                    Poll::Ready(Err(what)) => return Poll::Ready(Err(self.failed(what))),
                     Poll::Ready(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
                         return Poll::Ready(if upgrades && head.lines.lists_only(Known::Upgrade, "websocket") {
                             Ok(head)
                         } else {
-                            Err(Stop::Failed(What::Nonsense, self.stage()))
+                            Err(self.failed(What::Nonsense("it changes to a protocol that was not asked for")))
                         });
                     }
                     Poll::Ready(Ok(head)) if head.status.is_informational() => {
                         let Some(left) = self.interim_left.checked_sub(1) else {
-                            return Poll::Ready(Err(Stop::Failed(What::Nonsense, self.stage())));
+                            let why = "it sends more than 64 interim answers (1xx) before the answer";
+                            return Poll::Ready(Err(self.failed(What::Nonsense(why))));
                         };
                         self.interim_left = left;
                         // The client was told to go on by the proxy, and HTTP/1.0 knows no interim answers.
                         let passes = head.status != StatusCode::CONTINUE && request.version == Version::Http11;
                         if passes && client.outbox().len() < INTERIM_BYTES_MAX {
+                            self.has_passed_on = true;
                             headers::push_interim(client.outbox(), &head, own_address);
                         }
                     }
-                    Poll::Ready(Ok(head)) => return Poll::Ready(Ok(head)),
+                    Poll::Ready(Ok(head)) => {
+                        self.is_early = !self.is_sent(replay);
+                        return Poll::Ready(Ok(head));
+                    }
                 }
             }
             if replay.is_over() && client.poll_gone(cx).is_ready() {
@@ -165,7 +197,7 @@ impl Attempt {
             if std::mem::take(&mut is_held_up) {
                 timer.as_mut().reset(Instant::now() + *limit);
             }
-            timer.as_mut().poll(cx).map(|()| Err(Stop::Failed(What::TimedOut, self.stage())))
+            timer.as_mut().poll(cx).map(|()| Err(self.failed(What::TimedOut)))
         })
         .await
     }
@@ -226,6 +258,9 @@ impl Attempt {
                 Poll::Ready(Ok(n)) if n > 0 => {
                     self.head_gone += n.min(of_head);
                     replay.advance(&mut self.cursor, n.saturating_sub(of_head));
+                    if self.cursor.sent_bytes() > UNREAD_BYTES_MAX {
+                        self.lease.wait_for_its_reader();
+                    }
                 }
                 Poll::Ready(_) => self.write_failed = true,
             }
@@ -236,12 +271,12 @@ impl Attempt {
     fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, What>> {
         loop {
             match self.end.find(&self.inbound) {
-                Err(_) => return Poll::Ready(Err(What::Nonsense)),
+                Err(error) => return Poll::Ready(Err(What::Nonsense(why_no_head(error)))),
                 Ok(None) => {}
                 Ok(Some(length)) => {
-                    let head = ResponseHead::read(&self.inbound[..length]).map_err(|_| What::Nonsense);
+                    let head = ResponseHead::read(&self.inbound[..length]);
                     self.inbound.drain(..length);
-                    return Poll::Ready(head);
+                    return Poll::Ready(head.map_err(|error| What::Nonsense(why_no_head(error))));
                 }
             }
             let Attempt { lease, inbound, .. } = self;
@@ -254,7 +289,9 @@ impl Attempt {
             match read {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(n)) if n > 0 => self.has_heard = true,
-                Poll::Ready(_) => return Poll::Ready(Err(What::Ended)),
+                Poll::Ready(_) => {
+                    return Poll::Ready(Err(why_no_http(&self.inbound).map_or(What::Ended, What::Nonsense)));
+                }
             }
         }
     }

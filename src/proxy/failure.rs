@@ -8,7 +8,10 @@ use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 
-use crate::{breaker::Outcome, foreign::FOREVER, tally::Trouble, upstream::ConnectError};
+use crate::{
+    breaker::Outcome, foreign::FOREVER, http1::head::HeadError, tally::Trouble, telemetry::metrics::Retry,
+    upstream::ConnectError,
+};
 
 /// What went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,11 +20,13 @@ pub enum What {
     Connect(ConnectError),
     /// The backend's connection ended: closed, reset, or cut because the backend was removed.
     Ended,
-    /// The backend sent what is no answer: bad grammar, an oversized head, a flood of interim answers, an upgrade that
-    /// nobody asked for, broken framing.
-    Nonsense,
+    /// The backend sent what is no answer, for this reason: bad grammar, an oversized head, a flood of interim answers, an
+    /// upgrade that was not asked for. The reason is a fixed text, which holds nothing of what was sent.
+    Nonsense(&'static str),
     /// A time limit that the user set ran out.
     TimedOut,
+    /// The backend answered that it does not serve the request ([`is_declined`]).
+    Declined,
     /// The client left.
     ClientGone,
     /// The client's body turned out to be wrong or too large, or stood still.
@@ -36,9 +41,11 @@ impl What {
             What::Connect(ConnectError::TimedOut) => "connect_timeout",
             What::Connect(ConnectError::Unreachable) => "unreachable",
             What::Connect(ConnectError::Cut) => "backend_stopped",
+            What::Connect(ConnectError::Shortage) => "proxy_shortage",
             What::Ended => "connection_ended",
-            What::Nonsense => "invalid_answer",
+            What::Nonsense(_) => "invalid_answer",
             What::TimedOut => "timeout",
+            What::Declined => "declined",
             What::ClientGone => "client_gone",
             What::ClientFault => "client_broke",
         }
@@ -55,8 +62,17 @@ pub enum Stage {
     },
     /// The answer has begun, and the client knows nothing of it.
     Begun,
-    /// The client has got the head of the answer.
+    /// The client has got something of it.
     Answered,
+}
+
+/// What is left of a request's chances when an attempt has failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Left {
+    /// All of the request that was sent is still there to be sent again.
+    pub can_replay: bool,
+    /// The proxy has not yet given up its idle connections for this request.
+    pub can_relieve: bool,
 }
 
 /// What is to be done.
@@ -66,6 +82,14 @@ pub enum Action {
     SendAgain,
     /// Send again to another backend, if there is one and the user allows another attempt; else give up.
     Elsewhere,
+    /// Give up the idle connections of all backends, and send again to the same backend, on a fresh connection.
+    Relieve,
+    /// Send again to another backend that has a place at once, if the user allows another attempt; else pass the answer on.
+    ElsewhereAtOnce,
+    /// Pass the answer on.
+    Pass,
+    /// Give up: 503, because it is the proxy that falls short.
+    Shortage,
     /// Give up: 502.
     BadGateway,
     /// Give up: 504.
@@ -87,10 +111,16 @@ pub enum Lesson {
     Failure,
 }
 
-/// The row of the matrix for one failure. `can_replay`: all of the request that was sent is still there to be sent again.
-pub fn judge(what: What, stage: Stage, can_replay: bool) -> (Action, Lesson) {
+/// The row of the matrix for one failure.
+pub fn judge(what: What, stage: Stage, left: Left) -> (Action, Lesson) {
     use Stage::{Answered, Begun, Unanswered};
+    let Left { can_replay, can_relieve } = left;
     match (what, stage) {
+        // What its status teaches, `outcome` says.
+        (What::Declined, Unanswered { .. } | Begun) if can_replay => (Action::ElsewhereAtOnce, Lesson::None),
+        (What::Declined, _) => (Action::Pass, Lesson::None),
+        (What::Connect(ConnectError::Shortage), _) if can_relieve => (Action::Relieve, Lesson::None),
+        (What::Connect(ConnectError::Shortage), _) => (Action::Shortage, Lesson::None),
         (What::ClientGone, _) => (Action::Abandon, Lesson::None),
         (What::ClientFault, Unanswered { .. } | Begun) => (Action::Refuse, Lesson::None),
         (What::ClientFault, Answered) => (Action::Cut, Lesson::None),
@@ -101,10 +131,11 @@ pub fn judge(what: What, stage: Stage, can_replay: bool) -> (Action, Lesson) {
         (What::Connect(_), _) => (Action::Elsewhere, Lesson::Failure),
         (What::Ended, Unanswered { reused: false }) if can_replay => (Action::Elsewhere, Lesson::Failure),
         (What::Ended, Unanswered { reused: false } | Begun) => (Action::BadGateway, Lesson::Failure),
-        (What::Nonsense, Unanswered { .. } | Begun) => (Action::BadGateway, Lesson::Failure),
-        // It may be working on it: somebody else would do the same work once more.
+        (What::Nonsense(_), Unanswered { .. } | Begun) => (Action::BadGateway, Lesson::Failure),
+        // It stops working on it when its connection is closed.
+        (What::TimedOut, Unanswered { .. }) if can_replay => (Action::Elsewhere, Lesson::Failure),
         (What::TimedOut, Unanswered { .. } | Begun) => (Action::GatewayTimeout, Lesson::Failure),
-        (What::Ended | What::Nonsense | What::TimedOut, Answered) => (Action::Cut, Lesson::Failure),
+        (What::Ended | What::Nonsense(_) | What::TimedOut, Answered) => (Action::Cut, Lesson::Failure),
     }
 }
 
@@ -115,9 +146,49 @@ pub fn trouble(what: What) -> Option<Trouble> {
         What::Connect(ConnectError::TimedOut) => Some(Trouble::ConnectTimedOut),
         What::Connect(ConnectError::Unreachable) => Some(Trouble::Unreachable),
         What::Ended => Some(Trouble::Ended),
-        What::Nonsense => Some(Trouble::Nonsense),
+        What::Nonsense(why) => Some(Trouble::Nonsense(why)),
         What::TimedOut => Some(Trouble::TimedOut),
-        What::Connect(ConnectError::Cut) | What::ClientGone | What::ClientFault => None,
+        What::Connect(ConnectError::Cut | ConnectError::Shortage) => None,
+        // The status tells.
+        What::Declined => None,
+        What::ClientGone | What::ClientFault => None,
+    }
+}
+
+/// Why a second attempt is made after this, for the metrics.
+pub fn retry(what: What) -> Retry {
+    match what {
+        What::Connect(_) => Retry::Connect,
+        What::TimedOut => Retry::TimedOut,
+        What::Ended | What::Nonsense(_) | What::Declined | What::ClientGone | What::ClientFault => Retry::Ended,
+    }
+}
+
+/// Whether an answer of this status says that the request was not served, so that another replica may do better. Not 501
+/// and the like, which speak of the request.
+pub fn is_declined(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 429 | 500 | 502 | 503 | 504 | 529)
+}
+
+/// Why bytes are no head of an answer, without a word of theirs.
+pub fn why_no_head(error: HeadError) -> &'static str {
+    match error {
+        HeadError::Malformed(why) | HeadError::Ambiguous(why) => why,
+        HeadError::TooLarge => "the head has more than 64 KiB",
+        HeadError::TooManyLines => "the head has more than 128 header lines",
+        HeadError::Version => "the version is neither HTTP/1.0 nor HTTP/1.1",
+    }
+}
+
+/// Why bytes that end before the end of a head are none, if they tell.
+pub fn why_no_http(bytes: &[u8]) -> Option<&'static str> {
+    match bytes {
+        // An alert or a handshake record of any version.
+        [0x15 | 0x16, 0x03, ..] => Some("it speaks TLS on this port, and is asked without"),
+        // A frame of settings.
+        [0, 0, _, 0x04, ..] => Some("it speaks HTTP/2 alone on this port"),
+        bytes if !bytes.starts_with(&b"HTTP/"[..bytes.len().min(5)]) => Some("it does not speak HTTP on this port"),
+        _ => None,
     }
 }
 
@@ -201,18 +272,30 @@ mod tests {
             (What::Ended, fresh, false, Action::BadGateway, failed),
             (What::Ended, Stage::Begun, true, Action::BadGateway, failed),
             (What::Ended, Stage::Answered, true, Action::Cut, failed),
-            (What::Nonsense, fresh, true, Action::BadGateway, failed),
-            (What::Nonsense, Stage::Begun, true, Action::BadGateway, failed),
-            (What::Nonsense, Stage::Answered, false, Action::Cut, failed),
-            (What::TimedOut, fresh, true, Action::GatewayTimeout, failed),
-            (What::TimedOut, reused, true, Action::GatewayTimeout, failed),
+            (What::Nonsense("why"), fresh, true, Action::BadGateway, failed),
+            (What::Nonsense("why"), Stage::Begun, true, Action::BadGateway, failed),
+            (What::Nonsense("why"), Stage::Answered, false, Action::Cut, failed),
+            (What::Connect(ConnectError::Shortage), fresh, true, Action::Relieve, Lesson::None),
+            (What::TimedOut, fresh, true, Action::Elsewhere, failed),
+            (What::TimedOut, reused, true, Action::Elsewhere, failed),
+            (What::TimedOut, fresh, false, Action::GatewayTimeout, failed),
+            (What::TimedOut, Stage::Begun, true, Action::GatewayTimeout, failed),
+            (What::Declined, Stage::Begun, true, Action::ElsewhereAtOnce, Lesson::None),
+            (What::Declined, Stage::Begun, false, Action::Pass, Lesson::None),
+            (What::Declined, Stage::Answered, true, Action::Pass, Lesson::None),
             (What::TimedOut, Stage::Answered, false, Action::Cut, failed),
             (What::ClientFault, fresh, true, Action::Refuse, Lesson::None),
             (What::ClientFault, Stage::Answered, true, Action::Cut, Lesson::None),
             (What::ClientGone, fresh, true, Action::Abandon, Lesson::None),
             (What::ClientGone, Stage::Answered, true, Action::Abandon, Lesson::None),
         ] {
-            assert_eq!(judge(what, stage, can_replay), (action, lesson), "{what:?} {stage:?} {can_replay}");
+            let left = Left { can_replay, can_relieve: true };
+            assert_eq!(judge(what, stage, left), (action, lesson), "{what:?} {stage:?} {can_replay}");
+            let without = match action {
+                Action::Relieve => Action::Shortage,
+                action => action,
+            };
+            assert_eq!(judge(what, stage, Left { can_relieve: false, ..left }), (without, lesson), "{what:?}");
             assert!(lesson == Lesson::None || trouble(what).is_some(), "{what:?} must have a name");
         }
     }
@@ -221,14 +304,48 @@ mod tests {
     fn nothing_is_sent_twice_once_an_answer_has_begun_or_the_client_has_gone() {
         let stages =
             [Stage::Unanswered { reused: false }, Stage::Unanswered { reused: true }, Stage::Begun, Stage::Answered];
-        for what in [What::Ended, What::Nonsense, What::TimedOut, What::ClientGone, What::ClientFault] {
+        let all =
+            [What::Ended, What::Nonsense("why"), What::TimedOut, What::Declined, What::ClientGone, What::ClientFault];
+        for what in all {
             for stage in stages {
                 for can_replay in [false, true] {
-                    let again = matches!(judge(what, stage, can_replay).0, Action::SendAgain | Action::Elsewhere);
-                    let may = what == What::Ended && matches!(stage, Stage::Unanswered { .. }) && can_replay;
+                    let action = judge(what, stage, Left { can_replay, can_relieve: true }).0;
+                    let again = matches!(action, Action::SendAgain | Action::Elsewhere | Action::ElsewhereAtOnce);
+                    let may = can_replay
+                        && match what {
+                            What::Ended | What::TimedOut => matches!(stage, Stage::Unanswered { .. }),
+                            // Its answer is held back until it is clear that it will not be bettered.
+                            What::Declined => stage != Stage::Answered,
+                            _ => false,
+                        };
                     assert_eq!(again, may, "{what:?} {stage:?} {can_replay}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn which_answers_another_replica_may_better() {
+        let declined = [429, 500, 502, 503, 504, 529];
+        for status in 100..=999 {
+            let got = is_declined(StatusCode::from_u16(status).unwrap());
+            assert_eq!(got, declined.contains(&status), "{status}");
+        }
+    }
+
+    #[test]
+    fn the_reason_says_nothing_of_what_was_sent() {
+        for (bytes, told) in [
+            (&b"\x15\x03\x01\0\x02\x02\x46"[..], Some("it speaks TLS on this port, and is asked without")),
+            (b"\x16\x03\x03", Some("it speaks TLS on this port, and is asked without")),
+            (b"\0\0\x12\x04\0\0\0\0\0", Some("it speaks HTTP/2 alone on this port")),
+            (b"SSH-2.0-OpenSSH_9", Some("it does not speak HTTP on this port")),
+            (b"secret", Some("it does not speak HTTP on this port")),
+            (b"", None),
+            (b"HT", None),
+            (b"HTTP/1.1 200 O", None),
+        ] {
+            assert_eq!(why_no_http(bytes), told, "{bytes:?}");
         }
     }
 }

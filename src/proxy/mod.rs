@@ -541,7 +541,8 @@ impl Proxy {
             }
             Relayed::Cut(why) => {
                 let event = (can_add_events && why != Cut::Request).then(|| {
-                    let error = ProxyError::BrokenOff { backend: exchange.container().unwrap_or_default().to_owned() };
+                    let backend = exchange.container().unwrap_or_default().to_owned();
+                    let error = ProxyError::BrokenOff { backend, why: why.to_string() };
                     error.stream_event(asked.dialect, asked.head.path())
                 });
                 tracing::warn!(
@@ -550,12 +551,15 @@ impl Proxy {
                 );
                 self.metrics.cuts.increment(why.as_str());
                 drop(attempt);
-                if let Some(mut in_flight) = exchange.no_longer_served()
+                let trouble = match why {
                     // Both sides of a tunnel may have nothing to say.
-                    && !upgraded
-                    && matches!(why, Cut::Ended | Cut::Framing(_) | Cut::Silent(_))
-                {
-                    in_flight.failed(Trouble::BrokeOff, Instant::now());
+                    _ if upgraded => None,
+                    Cut::Framing(error) => Some(Trouble::BadFraming(error.why())),
+                    Cut::Ended | Cut::Silent(_) => Some(Trouble::BrokeOff),
+                    Cut::Stopped | Cut::Request => None,
+                };
+                if let Some((mut in_flight, trouble)) = exchange.no_longer_served().zip(trouble) {
+                    in_flight.failed(trouble, Instant::now());
                 }
                 exchange.end(if why == Cut::Request { Ending::ClientBroke } else { Ending::BackendBroke });
                 if let Some(event) = event {

@@ -438,13 +438,18 @@ pub enum Retry {
     Connect,
     /// A backend's connection ended before an answer.
     Ended,
-    /// A backend said that it is busy.
+    /// A backend did not answer in the time that the user set.
+    TimedOut,
+    /// A backend pushed back.
     Busy,
+    /// A backend answered with an error of its own.
+    Error,
 }
 
 impl Retry {
     /// All of them.
-    pub const ALL: [Retry; 4] = [Retry::StaleConnection, Retry::Connect, Retry::Ended, Retry::Busy];
+    pub const ALL: [Retry; 6] =
+        [Retry::StaleConnection, Retry::Connect, Retry::Ended, Retry::TimedOut, Retry::Busy, Retry::Error];
 
     /// As a label's value.
     pub fn as_str(self) -> &'static str {
@@ -452,7 +457,9 @@ impl Retry {
             Retry::StaleConnection => "stale_connection",
             Retry::Connect => "connect",
             Retry::Ended => "ended",
+            Retry::TimedOut => "timeout",
             Retry::Busy => "busy",
+            Retry::Error => "error",
         }
     }
 }

@@ -45,18 +45,12 @@ async fn p05_failing_fast_attracts_no_traffic() {
     for policy in ["ewma", "least", "round_robin", "prefix"] {
         let (a, b, app) = two_with(&[("PROXY_BALANCE", policy)]).await;
         a.always(fails("500 Internal Server Error"));
-        let mut failed = 0;
         for _ in 0..200 {
-            match app.ask(&Request::chat("m")).await.status {
-                200 => {}
-                500 => failed += 1,
-                other => panic!("{other}"),
-            }
+            assert_eq!(app.ask(&Request::chat("m")).await.status, 200, "{policy}");
         }
         // Five until the breaker opens, and now and then a trial.
-        assert!(failed <= 5 + 195 / 20, "{policy}: {failed} of 200 failed");
-        assert_eq!(failed, a.count(), "{policy}: an answer is an answer");
-        assert_eq!(a.count() + b.count(), 200);
+        assert!(a.count() <= 5 + 195 / 20, "{policy}: {} of 200 were sent to it", a.count());
+        assert_eq!(b.count(), 200, "{policy}");
     }
 }
 

@@ -9,7 +9,7 @@ use http::StatusCode;
 use inference_proxy::{
     breaker::Outcome,
     error::ProxyError,
-    proxy::failure::{self, Action, Lesson, Stage, What},
+    proxy::failure::{self, Action, Left, Lesson, Stage, What},
     upstream::ConnectError,
 };
 
@@ -45,7 +45,9 @@ fn errors() -> Vec<ProxyError> {
         ProxyError::Overloaded { what: text(), retry_after: None },
         ProxyError::TooLarge { limit_bytes: 1, knob: "x" },
         ProxyError::Backend { backend: text(), what: "x", attempts: 1 },
-        ProxyError::BrokenOff { backend: text() },
+        ProxyError::BadAnswer { backend: text(), why: "x", attempts: 1 },
+        ProxyError::Shortage,
+        ProxyError::BrokenOff { backend: text(), why: text() },
         ProxyError::BackendTimeout { backend: text(), limit: Duration::from_secs(1), knob: "x" },
     ]
 }
@@ -64,13 +66,15 @@ fn documentation_of_failures_has_every_error_code_and_its_status() {
     assert_eq!(codes, [""; 0], "no error of this code is compared");
 }
 
-const WHATS: [What; 9] = [
+const WHATS: [What; 11] = [
     What::Connect(ConnectError::Refused),
     What::Connect(ConnectError::TimedOut),
     What::Connect(ConnectError::Unreachable),
     What::Connect(ConnectError::Cut),
+    What::Connect(ConnectError::Shortage),
     What::Ended,
-    What::Nonsense,
+    What::Nonsense("x"),
+    What::Declined,
     What::TimedOut,
     What::ClientGone,
     What::ClientFault,
@@ -88,6 +92,10 @@ fn action(action: Action) -> &'static str {
     match action {
         Action::SendAgain => "again",
         Action::Elsewhere => "elsewhere",
+        Action::Relieve => "again, once idle connections are closed",
+        Action::ElsewhereAtOnce => "elsewhere, at once",
+        Action::Pass => "no: the answer passes",
+        Action::Shortage => "no: 503 proxy_shortage",
         Action::BadGateway => "no: 502 backend_error",
         Action::GatewayTimeout => "no: 504 backend_timeout",
         Action::Refuse => "no: 4xx that says what is wrong",
@@ -113,7 +121,7 @@ fn matrix() -> BTreeMap<[String; 3], [String; 2]> {
                 continue;
             }
             for (can_replay, held) in [(true, "held"), (false, "not held")] {
-                let (done, learnt) = failure::judge(what, stage, can_replay);
+                let (done, learnt) = failure::judge(what, stage, Left { can_replay, can_relieve: true });
                 let key = [what.name(), words, held].map(str::to_owned);
                 matrix.insert(key, [action(done), lesson(learnt)].map(str::to_owned));
             }
@@ -132,7 +140,7 @@ fn documentation_of_failures_has_every_row_of_the_matrix() {
             let all = if cell == "any" { all.join("; ") } else { cell.to_owned() };
             all.split("; ").map(str::to_owned).collect()
         };
-        let is_connect = whats.split(", ").all(|what| WHATS[..4].iter().any(|known| known.name() == what));
+        let is_connect = whats.split(", ").all(|what| WHATS[..5].iter().any(|known| known.name() == what));
         let all_stages = STAGES.map(|(_, words)| words);
         let all_stages = if is_connect { &all_stages[..1] } else { &all_stages[..] };
         for what in whats.split(", ") {

@@ -22,7 +22,8 @@
 //! | the request's body is not read | `retry::h02_a_backend_that_does_not_read_is_given_up_in_time` |
 //! | an endless head, no HTTP, two lengths, a switch unasked for | `answers::r02_502_when_the_only_backend_breaks_before_its_first_byte` |
 //! | an answer before the request is over | `retry::h02_an_answer_that_comes_before_the_request_is_over`, `retry::h02_nothing_is_left_of_a_request_that_was_answered_early` |
-//! | 4xx and 500 | `retry::h02_an_error_answer_is_an_answer`, `answers::r02_a_backends_own_errors_pass_byte_for_byte` |
+//! | 429, 500, 502, 503, 504, 529, and a stall before the head with another one there | `failover::*` |
+//! | 4xx and 501 | `retry::h02_an_error_answer_is_an_answer`, `answers::r02_a_backends_own_errors_pass_byte_for_byte` |
 //! | the client leaves: before the head, in the stream, while it uploads | `streaming::s02_*` |
 //! | the container dies before the first byte, another one there | `retry::l04_requests_without_a_byte_move_on_when_their_container_dies` |
 //! | the container dies in a stream, nobody else | `drain::l04_a_dead_backends_streams_are_cut` |
@@ -154,8 +155,8 @@ async fn h02_stalls() {
     let length = format!("HTTP/1.1 200 OK\r\n{JSON}content-length: 100\r\n\r\n{{\"a\":1,");
     let timeout = Sees::Own(504, "backend_timeout");
     check([
-        row("before the head, another one there", FIRST_BYTE, stalls(""), timeout, 1),
-        row("before the head, silence limited", IDLE, stalls(""), timeout, 1),
+        row("before the head, another one there", FIRST_BYTE, stalls(""), timeout, 2),
+        row("before the head, silence limited", IDLE, stalls(""), timeout, 2),
         row("in the head", FIRST_BYTE, stalls("HTTP/1.1 200 OK\r\nx-a: "), timeout, 1),
         row("after an interim answer", FIRST_BYTE, stalls("HTTP/1.1 102 Processing\r\n\r\n"), timeout, 1),
         row("in a body with a length", IDLE, stalls(&length), Sees::Cut("{\"a\":1,"), 1),

@@ -433,6 +433,27 @@ impl ProxyProcess {
         self.descriptors().filter(|target| target.starts_with('/') && !target.starts_with("/dev/")).collect()
     }
 
+    /// Lets it open no descriptor, unless it closes another one first.
+    pub(crate) fn open_no_more_descriptors(&self) {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let open: std::collections::BTreeSet<u64> =
+            entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+        let first_free = (0..).find(|number| !open.contains(number)).unwrap();
+        self.limit_descriptors(first_free);
+    }
+
+    /// Takes that back.
+    pub(crate) fn open_descriptors_again(&self) {
+        self.limit_descriptors(1_024);
+    }
+
+    fn limit_descriptors(&self, limit: u64) {
+        let pid = rustix::process::Pid::from_raw(self.pid().cast_signed());
+        let nofile = rustix::process::Resource::Nofile;
+        let maximum = rustix::process::getrlimit(nofile).maximum;
+        rustix::process::prlimit(pid, nofile, rustix::process::Rlimit { current: Some(limit), maximum }).unwrap();
+    }
+
     fn descriptors(&self) -> impl Iterator<Item = String> {
         let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
         entries
