@@ -4,7 +4,7 @@ use std::{io::Write as _, net::IpAddr, time::SystemTime};
 
 use http::{HeaderMap, StatusCode};
 
-use super::{cors::CrossOrigin, trace::TraceHeaders};
+use super::{cors::CrossOrigin, reuse, trace::TraceHeaders};
 use crate::{
     error::Dialect,
     http1::{
@@ -95,6 +95,8 @@ pub fn push_request(out: &mut Vec<u8>, head: &RequestHead, to: &ToBackend<'_>) {
     }
     if to.upgrades {
         out.extend_from_slice(b"connection: upgrade\r\n");
+    } else if reuse::is_last(head) {
+        out.extend_from_slice(b"connection: close\r\n");
     }
     match head.framing {
         Framing::Length(length) => push_length(out, length),

@@ -24,6 +24,7 @@ pub mod makers;
 pub mod paths;
 pub mod relay;
 mod respond;
+pub mod reuse;
 pub mod seat;
 mod send;
 mod status;
@@ -500,7 +501,7 @@ impl Proxy {
         // An event can be added only where the end is not announced and the bytes are not compressed.
         let can_add_events =
             delivery != Delivery::AsIs && head.is_event_stream() && !head.lines.has(Known::ContentEncoding);
-        let reusable = head.reusable && !upgraded;
+        let reusable = reuse::is_certain(asked.head, &head) && !attempt.leaves_doubt();
         if head.status.is_success() && has_body {
             self.listen(asked, &head, &in_flight, &mut exchange);
         }

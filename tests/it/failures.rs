@@ -23,6 +23,7 @@
 //! | an endless head, no HTTP, two lengths, a switch unasked for | `answers::r02_502_when_the_only_backend_breaks_before_its_first_byte` |
 //! | an answer before the request is over | `retry::h02_an_answer_that_comes_before_the_request_is_over`, `retry::h02_nothing_is_left_of_a_request_that_was_answered_early` |
 //! | 429, 500, 502, 503, 504, 529, and a stall before the head with another one there | `failover::*` |
+//! | a body that was not read, an answer that is not over | `reuse::*` |
 //! | 4xx and 501 | `retry::h02_an_error_answer_is_an_answer`, `answers::r02_a_backends_own_errors_pass_byte_for_byte` |
 //! | the client leaves: before the head, in the stream, while it uploads | `streaming::s02_*` |
 //! | the container dies before the first byte, another one there | `retry::l04_requests_without_a_byte_move_on_when_their_container_dies` |

@@ -42,6 +42,7 @@ mod otlp;
 mod pools;
 mod readings;
 mod retry;
+mod reuse;
 mod routing;
 mod scrape;
 mod secrets;
