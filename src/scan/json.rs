@@ -580,32 +580,35 @@ fn is_stop(byte: u8) -> bool {
     matches!(byte, b'"' | b'\\' | 0..b' ')
 }
 
-/// A number whose lowest set bit lies in the byte that is the first stop of the word; 0 if there is none.
-fn stops_in(word: [u8; 8]) -> u64 {
-    const ONES: u64 = u64::MAX / 0xFF;
-    let word = u64::from_le_bytes(word);
-    // A byte below the limit borrows and gets its highest bit. So may bytes behind it, but none before it.
-    let below = |word: u64, limit: u8| word.wrapping_sub(ONES * u64::from(limit)) & !word;
-    let equal = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
-    (equal(b'"') | equal(b'\\') | below(word, b' ')) & (ONES * 0x80)
+/// One in every byte of a word.
+const ONES: u64 = u64::MAX / 0xFF;
+/// The highest bit of every byte of a word.
+const HIGH_BITS: u64 = ONES * 0x80;
+
+/// The highest bit of a byte is set where the byte is below `limit` (at most 0x80). Bytes behind such a byte may be marked
+/// wrongly, because it borrows from them; bytes before it are not. The other bits mean nothing.
+fn mark_below(word: u64, limit: u8) -> u64 {
+    word.wrapping_sub(ONES * u64::from(limit)) & !word
 }
 
-/// Whether there is a raw control character in the text. In blocks, because the compiler has vector instructions for the
-/// least of many bytes.
+/// A number whose lowest set bit lies in the byte that is the first stop of the word; 0 if there is none.
+fn stops_in(word: [u8; 8]) -> u64 {
+    let word = u64::from_le_bytes(word);
+    let mark_equal = |byte: u8| mark_below(word ^ (ONES * u64::from(byte)), 1);
+    (mark_equal(b'"') | mark_equal(b'\\') | mark_below(word, b' ')) & HIGH_BITS
+}
+
+/// Whether there is a raw control character in the text. In large blocks where it can be, because the compiler has vector
+/// instructions for the least of many bytes; else in words, of which the last may overlap the one before it.
 fn holds_control(text: &[u8]) -> bool {
-    let (blocks, rest) = text.as_chunks::<32>();
-    if !blocks.is_empty() {
-        let mut least = [u8::MAX; 32];
-        for block in blocks {
-            for (least, byte) in least.iter_mut().zip(block) {
-                *least = (*least).min(*byte);
-            }
-        }
-        if least.iter().any(|&byte| byte < b' ') {
-            return true;
-        }
+    let (blocks, text) = text.as_chunks::<256>();
+    if blocks.iter().any(|block| block.iter().fold(u8::MAX, |least, &byte| least.min(byte)) < b' ') {
+        return true;
     }
-    rest.iter().fold(u8::MAX, |least, &byte| least.min(byte)) < b' '
+    let Some(last) = text.last_chunk() else { return text.iter().any(|&byte| byte < b' ') };
+    let (words, _) = text.as_chunks();
+    let mark = |word: &[u8; 8]| mark_below(u64::from_le_bytes(*word), b' ');
+    words.iter().fold(mark(last), |marks, word| marks | mark(word)) & HIGH_BITS != 0
 }
 
 /// The UTF-16 code unit and the length of the escape sequence that `text` begins with; `None` if it is cut off.
