@@ -228,13 +228,13 @@ impl Proxy {
             let error = ProxyError::NoSuchPath { message: message.to_owned() };
             self.reject(&error, asked.dialect)
         };
+        if let Some(fault) = head.host_fault() {
+            let error = ProxyError::BadRequest { code: "invalid_request", message: fault.to_owned() };
+            return self.answer_by_itself(client, &asked, &self.reject(&error, asked.dialect)).await;
+        }
         let options = head.method == Method::OPTIONS;
         let names_no_model = || paths::model_in_query(head.query()) == Ok(None);
         let response = match paths::classify(&head.method, head.path()) {
-            _ if let Some(fault) = head.host_fault() => {
-                let error = ProxyError::BadRequest { code: "invalid_request", message: fault.to_owned() };
-                self.reject(&error, asked.dialect)
-            }
             // Wherever it leads: what is asked is what the browser may send, not what will become of that.
             _ if options && is_preflight(head) => self.cors.preflight(&asked),
             Target::Own(page) if self.shows(page) && page.answers(&head.method) => {
@@ -267,10 +267,21 @@ impl Proxy {
                 no_path("no such path here; the API is under /v1, GET /v1/models lists its models")
             }
         };
-        let mut exchange = Exchange::new(head, &id, client_ip, &self.metrics, self.access_log);
-        exchange.answered_by_proxy(&response);
+        self.answer_by_itself(client, &asked, &response).await
+    }
+
+    /// Sends an answer of the proxy's own to a request that no backend is needed for.
+    async fn answer_by_itself<S: Transport>(
+        &self,
+        client: &mut Client<S>,
+        asked: &Asked<'_>,
+        response: &Response<Bytes>,
+    ) -> After {
+        let head = asked.head;
+        let mut exchange = Exchange::new(head, asked.id, asked.client_ip, &self.metrics, self.access_log);
+        exchange.answered_by_proxy(response);
         exchange.end(Ending::Complete);
-        respond(client, &asked, &response, BodyDecoder::new(head.framing)).await
+        respond(client, asked, response, BodyDecoder::new(head.framing)).await
     }
 
     /// Whether this page of the proxy's own is on this port.
