@@ -395,13 +395,19 @@ impl Proxy {
         let mut kinds = head.lines.all(Known::ContentType);
         let kind = kinds.next();
         // Bytes that nothing here can read pass only where servers take them as they are, with the model beside them.
-        let may_be_opaque = is_known && paths::takes_raw_bytes(head.path());
+        let takes_raw_bytes = paths::takes_raw_bytes(head.path());
+        let may_be_opaque = is_known && takes_raw_bytes;
         let is_opaque = |kind: &[u8]| may_be_opaque && is_opaque(kind);
         // Lines are one list.
         let coding = head.lines.all(Known::ContentEncoding).collect::<Vec<_>>().join(&b", "[..]);
-        let scanner = |kind| match ModelScanner::for_body(kind, Some(&coding)) {
+        let plain = match takes_raw_bytes {
+            true => ModelScanner::for_fields,
+            false => ModelScanner::for_content_type,
+        };
+        let scanner = |kind| match plain(kind).and_then(|plain| plain.coded(Some(&coding))) {
             Ok(scanner) => Ok(Some(scanner)),
-            Err(ScanError::UnsupportedCoding { .. }) if may_be_opaque => Ok(None),
+            // Not what says that it names a model, or may.
+            Err(ScanError::UnsupportedCoding { .. }) if kind.is_some_and(is_opaque) => Ok(None),
             Err(error) => Err(self.body_error(error.into())),
         };
         let mut first = scanner(kind)?;
@@ -678,10 +684,10 @@ fn dialect(path: &str, lines: &Lines) -> Dialect {
     if messages || lines.has(Known::AnthropicVersion) { Dialect::Anthropic } else { Dialect::OpenAi }
 }
 
-/// Bytes that are neither JSON nor a form. A type that could be taken for one of them is not opaque.
+/// Bytes that are neither JSON nor a form of either kind. A type that could be taken for one of them is not opaque.
 fn is_opaque(content_type: &[u8]) -> bool {
     let holds = |word: &[u8]| content_type.windows(word.len()).any(|window| window.eq_ignore_ascii_case(word));
-    !content_type.trim_ascii().is_empty() && !holds(b"json") && !holds(b"form-data")
+    !content_type.trim_ascii().is_empty() && ![&b"json"[..], b"form-data", b"urlencoded"].iter().any(|word| holds(word))
 }
 
 /// A model name as it may stand in a message.

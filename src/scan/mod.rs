@@ -16,6 +16,7 @@ mod answer_id;
 mod encoded;
 mod json;
 mod multipart;
+mod pairs;
 mod prompt;
 mod usage;
 
@@ -23,6 +24,7 @@ pub use answer_id::{Found, IdReader};
 use encoded::GzipScanner;
 use json::JsonScanner;
 use multipart::FormScanner;
+use pairs::PairScanner;
 pub use prompt::{Mark, PROMPT_PART_BYTES_MAX, Prompt, PromptSeed};
 pub use usage::{AnswerKind, Finish, Usage, UsageTap};
 
@@ -49,6 +51,7 @@ pub struct ModelScanner {
 enum Format {
     Json(JsonScanner),
     Form(Box<FormScanner>),
+    Pairs(Box<PairScanner>),
     Gzip(Box<GzipScanner>),
 }
 
@@ -149,18 +152,39 @@ impl ModelScanner {
         }
     }
 
+    /// As [`for_content_type`](Self::for_content_type), for a path where servers take forms of every kind:
+    /// `application/x-www-form-urlencoded` is read as one, too.
+    ///
+    /// # Errors
+    ///
+    /// Those of `for_content_type`.
+    pub fn for_fields(content_type: Option<&[u8]>) -> Result<Self, ScanError> {
+        match content_type {
+            Some(kind) if is_urlencoded(kind) => Ok(Self::new(Format::Pairs(Box::default()))),
+            kind => Self::for_content_type(kind),
+        }
+    }
+
     /// As [`for_content_type`](Self::for_content_type), for a body that may be compressed.
     ///
     /// # Errors
     ///
     /// Those of `for_content_type`; [`ScanError::UnsupportedCoding`] for every coding but gzip.
     pub fn for_body(content_type: Option<&[u8]>, content_encoding: Option<&[u8]>) -> Result<Self, ScanError> {
-        let plain = Self::for_content_type(content_type)?;
+        Self::for_content_type(content_type)?.coded(content_encoding)
+    }
+
+    /// As `self`, for a body that may be compressed.
+    ///
+    /// # Errors
+    ///
+    /// [`ScanError::UnsupportedCoding`] for every coding but gzip.
+    pub fn coded(self, content_encoding: Option<&[u8]>) -> Result<Self, ScanError> {
         let coding = content_encoding.unwrap_or_default().trim_ascii();
         if coding.is_empty() || coding.eq_ignore_ascii_case(b"identity") {
-            Ok(plain)
+            Ok(self)
         } else if coding.eq_ignore_ascii_case(b"gzip") || coding.eq_ignore_ascii_case(b"x-gzip") {
-            Ok(Self::new(Format::Gzip(Box::new(GzipScanner::new(plain.format)))))
+            Ok(Self::new(Format::Gzip(Box::new(GzipScanner::new(self.format)))))
         } else {
             const SHOWN_BYTES: usize = 40;
             let shown = String::from_utf8_lossy(&coding[..coding.len().min(SHOWN_BYTES)]).into_owned();
@@ -177,9 +201,10 @@ impl ModelScanner {
     pub fn reads_as(&self, other: &ModelScanner) -> bool {
         match (&self.format, &other.format) {
             (Format::Json(_), Format::Json(_)) => true,
+            (Format::Pairs(_), Format::Pairs(_)) => true,
             (Format::Form(one), Format::Form(other)) => one.reads_as(other),
             (Format::Gzip(one), Format::Gzip(other)) => match (one.format(), other.format()) {
-                (Format::Json(_), Format::Json(_)) => true,
+                (Format::Json(_), Format::Json(_)) | (Format::Pairs(_), Format::Pairs(_)) => true,
                 (Format::Form(one), Format::Form(other)) => one.reads_as(other),
                 _ => false,
             },
@@ -190,7 +215,7 @@ impl ModelScanner {
     /// How much is best fed at a time, so that a thread that has others to serve is not kept from them.
     pub fn bite_bytes(&self) -> usize {
         match &self.format {
-            Format::Json(_) | Format::Form(_) => usize::MAX,
+            Format::Json(_) | Format::Form(_) | Format::Pairs(_) => usize::MAX,
             Format::Gzip(gzip) => gzip.bite_bytes(),
         }
     }
@@ -198,7 +223,7 @@ impl ModelScanner {
     /// How much has come out of the decoder, in bytes; 0 for a body that is not compressed.
     pub fn decoded_bytes(&self) -> u64 {
         match &self.format {
-            Format::Json(_) | Format::Form(_) => 0,
+            Format::Json(_) | Format::Form(_) | Format::Pairs(_) => 0,
             Format::Gzip(gzip) => gzip.decoded_bytes(),
         }
     }
@@ -278,6 +303,7 @@ impl Format {
         match self {
             Format::Json(json) => json.feed(chunk),
             Format::Form(form) => form.feed(chunk),
+            Format::Pairs(pairs) => pairs.feed(chunk),
             Format::Gzip(gzip) => gzip.feed(chunk),
         }
     }
@@ -286,6 +312,7 @@ impl Format {
         match self {
             Format::Json(json) => json.finish(),
             Format::Form(form) => form.finish(),
+            Format::Pairs(pairs) => pairs.finish(),
             Format::Gzip(gzip) => gzip.finish(),
         }
     }
@@ -294,6 +321,7 @@ impl Format {
         match self {
             Format::Json(json) => json.let_model_be_none(),
             Format::Form(form) => form.let_model_be_none(),
+            Format::Pairs(pairs) => pairs.let_model_be_none(),
             Format::Gzip(gzip) => gzip.format_mut().let_model_be_none(),
         }
     }
@@ -302,6 +330,7 @@ impl Format {
         match self {
             Format::Json(json) => json.model(),
             Format::Form(form) => form.model(),
+            Format::Pairs(pairs) => pairs.model(),
             Format::Gzip(gzip) => gzip.format().model(),
         }
     }
@@ -309,7 +338,7 @@ impl Format {
     fn json(&mut self) -> Option<&mut JsonScanner> {
         match self {
             Format::Json(json) => Some(json),
-            Format::Form(_) => None,
+            Format::Form(_) | Format::Pairs(_) => None,
             Format::Gzip(gzip) => gzip.format_mut().json(),
         }
     }
@@ -317,7 +346,7 @@ impl Format {
     fn marks_prompt(&self) -> bool {
         match self {
             Format::Json(json) => json.marks_prompt(),
-            Format::Form(_) => false,
+            Format::Form(_) | Format::Pairs(_) => false,
             Format::Gzip(gzip) => gzip.format().marks_prompt(),
         }
     }
@@ -325,7 +354,7 @@ impl Format {
     fn continues(&self) -> Option<&str> {
         match self {
             Format::Json(json) => json.noted(),
-            Format::Form(_) => None,
+            Format::Form(_) | Format::Pairs(_) => None,
             Format::Gzip(gzip) => gzip.format().continues(),
         }
     }
@@ -352,6 +381,12 @@ impl ScanError {
             Self::UnsupportedCoding { .. } => "unsupported_encoding",
         }
     }
+}
+
+/// Whether this Content-Type is that of pairs.
+fn is_urlencoded(content_type: &[u8]) -> bool {
+    const KIND: &[u8] = b"application/x-www-form-urlencoded";
+    content_type.windows(KIND.len()).any(|window| window.eq_ignore_ascii_case(KIND))
 }
 
 // === impl ModelValue ===

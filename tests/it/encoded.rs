@@ -445,19 +445,25 @@ async fn r01_what_cannot_be_read_passes_where_raw_bytes_do_and_the_query_names_t
     let bytes: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(300_000).collect();
     for coding in ["br", "zstd", "deflate", "zstd, gzip"] {
         for request in [
-            Request::post("/v1/images/generations?model=right", &bytes).header("content-encoding", coding),
+            Request::new("POST", "/v1/images/generations?model=right")
+                .header("content-type", "image/png")
+                .header("content-encoding", coding)
+                .body(&bytes),
             Request::new("POST", "/v1/audio/transcriptions?x=1&model=right")
+                .header("content-type", "audio/wav")
                 .header("content-encoding", coding)
                 .chunks(bytes.chunks(9_999)),
         ] {
             fork.assert_served(&request, &bytes, coding, coding).await;
         }
     }
-    // Elsewhere a server could read another model in it.
-    let refused = Request::post("/v1/chat/completions?model=right", &bytes).header("content-encoding", "br");
-    assert_openai_error(&fork.app.ask(&refused).await, 415, "unsupported_encoding");
-    let answer =
-        fork.app.ask(&Request::post("/invocations?model=unheard", &bytes).header("content-encoding", "br")).await;
+    // Elsewhere, and in what says that it is JSON, a server could read another model.
+    for path in ["/v1/chat/completions", "/v1/images/generations", "/invocations"] {
+        let refused = Request::post(&format!("{path}?model=right"), &bytes).header("content-encoding", "br");
+        assert_openai_error(&fork.app.ask(&refused).await, 415, "unsupported_encoding");
+    }
+    let unheard = Request::new("POST", "/invocations?model=unheard").header("content-type", "audio/wav");
+    let answer = fork.app.ask(&unheard.header("content-encoding", "br").body(&bytes)).await;
     assert_openai_error(&answer, 404, "model_not_found");
     // What can be read agrees with what stands beside it.
     let both = Request::post("/v1/completions?model=right", ENCODED).header("content-encoding", "gzip");

@@ -484,3 +484,50 @@ async fn r01_two_content_types_pass_if_they_mean_the_same() {
         fork.assert_refused(&two("/v1/audio/transcriptions?model=right", kinds, json.as_bytes()), 400, kinds[1]).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r01_pairs_are_read_where_servers_take_forms() {
+    const PAIRS: &str = "application/x-www-form-urlencoded";
+    let fork = Fork::start().await;
+    for path in ["/v1/audio/transcriptions", "/v1/images/edits", "/v1/videos", "/v1/realtime/calls", "/invocations"] {
+        for (query, body) in [
+            ("?model=right", "x=1"),
+            ("?model=right", "model=right&x=1"),
+            ("?model=right", "model="),
+            ("?model=wrong", "model=right"),
+            ("", "x=1&mod%65l=right"),
+            ("", "MODEL=right"),
+            ("", r#"{"model":"right"}"#),
+            ("?model=wrong", r#" {"x":1,"model":"right"}"#),
+        ] {
+            let what = format!("{path}{query} {body}");
+            fork.assert_served(&typed(&format!("{path}{query}"), PAIRS, body), body, &what).await;
+        }
+        for (query, body) in [
+            ("?model=right", "model=right&model=wrong"),
+            ("?model=right", "model=right;model=wrong"),
+            ("?model=right", "x=1;model=wrong"),
+            ("", r#"{"model":"right","x":"&model=wrong&"}"#),
+            ("", r#"{"model":"right","x":"&mod%65l=wrong"}"#),
+            ("", "x=1"),
+        ] {
+            let what = format!("{path}{query} {body}");
+            fork.assert_refused(&typed(&format!("{path}{query}"), PAIRS, body), 400, &what).await;
+        }
+        // What says that it may name a model, and cannot be read.
+        let target = format!("{path}?model=right");
+        for kind in ["application/json", "application/x-ndjson+json", PAIRS, FORM] {
+            for coding in ["br", "zstd", "deflate", "gzip, br"] {
+                let request = typed(&target, kind, "opaque").header("content-encoding", coding);
+                fork.assert_refused(&request, 415, &format!("{target} {kind} {coding}")).await;
+            }
+        }
+        let request = Request::new("POST", &target).header("content-encoding", "br").body("opaque");
+        fork.assert_refused(&request, 415, &format!("{target} without a type")).await;
+        let request = typed(&target, "audio/wav", "opaque").header("content-encoding", "br");
+        fork.assert_served(&request, "opaque", &format!("{target} audio")).await;
+        // Two types.
+        let request = typed(&target, "audio/wav", "model=wrong").header("content-type", PAIRS);
+        fork.assert_refused(&request, 400, &format!("{target} two types")).await;
+    }
+}
