@@ -21,6 +21,8 @@ pub struct OwnAddress {
     base_path: String,
     /// Looks for its address as it is usually written.
     plain: memmem::Finder<'static>,
+    /// Looks for its port behind any name.
+    with_port: memmem::Finder<'static>,
     slashes: memmem::Finder<'static>,
 }
 
@@ -63,6 +65,7 @@ impl OwnAddress {
             names,
             base_path: base_path.to_owned(),
             plain: memmem::Finder::new(ip.to_string().as_bytes()).into_owned(),
+            with_port: memmem::Finder::new(format!(":{}", addr.port()).as_bytes()).into_owned(),
             slashes: memmem::Finder::new(b"//").into_owned(),
         }
     }
@@ -72,20 +75,25 @@ impl OwnAddress {
         self.slashes.find(bytes).is_some()
             || memchr3(b'\\', b'%', b'[', bytes).is_some()
             || self.plain.find(bytes).is_some()
+            || self.with_port.find(bytes).is_some()
     }
 
     /// What the header `name` may say to a client.
     pub fn conceal(&self, name: &[u8], value: &[u8]) -> Concealed {
-        if !self.may_stand_in(value) {
+        let cookie = if is_cookie(name) { self.without_domain(value) } else { None };
+        if cookie.is_none() && !self.may_stand_in(value) {
             return Concealed::AsIs;
         }
         if name.eq_ignore_ascii_case(b"alt-svc") {
             // `h2="host:port"`: another way to the same server, which is the backend's affair.
-            let is_own = |alternative: &[u8]| self.is_own_authority(alternative, Scheme::Unsaid);
+            let is_own = |alternative: &[u8]| match alternative {
+                // The same host is the one that the client knows, and its ports are not the backend's.
+                [b':', port @ ..] => port_of(port) == Some(self.port) && !matches!(self.port, 80 | 443),
+                alternative => self.is_own_authority(alternative, Scheme::Unsaid),
+            };
             let mut quoted = value.split(|byte| *byte == b'"').skip(1).step_by(2);
             return if quoted.any(is_own) { Concealed::Dropped } else { Concealed::AsIs };
         }
-        let cookie = if name.eq_ignore_ascii_case(b"set-cookie") { self.without_domain(value) } else { None };
         let replaced = self.replaced(cookie.as_deref().unwrap_or(value));
         replaced.or(cookie).map_or(Concealed::AsIs, Concealed::Changed)
     }
@@ -93,10 +101,12 @@ impl OwnAddress {
     /// A cookie for the backend's host alone becomes one for the host that the client knows.
     fn without_domain(&self, cookie: &[u8]) -> Option<Vec<u8>> {
         let is_own_domain = |attribute: &[u8]| {
-            let attribute = attribute.trim_ascii();
-            let Some((name, value)) = attribute.split_at_checked(b"domain=".len()) else { return false };
+            let Some(equals) = attribute.iter().position(|byte| *byte == b'=') else { return false };
+            let (name, value) = (attribute[..equals].trim_ascii(), attribute[equals + 1..].trim_ascii());
+            let value = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
             let host = value.strip_prefix(b".").unwrap_or(value);
-            name.eq_ignore_ascii_case(b"domain=") && self.is_own_authority(host, Scheme::Unsaid)
+            name.eq_ignore_ascii_case(b"domain")
+                && (is_localhost(host) || self.is_own_name(host) || self.is_own_authority(host, Scheme::Unsaid))
         };
         let attributes = || cookie.split(|byte| *byte == b';');
         if !attributes().skip(1).any(is_own_domain) {
@@ -160,19 +170,29 @@ impl OwnAddress {
 
     /// The end of the address with its port, if that stands at `at` by itself.
     fn bare_at(&self, bytes: &[u8], at: usize) -> Option<usize> {
-        let is_begin = at == 0 || !is_word(bytes[at - 1]);
-        if !is_begin || !(bytes[at] == b'[' || bytes[at].is_ascii_hexdigit()) {
+        let before = at.checked_sub(1).map(|before| bytes[before]);
+        let is_begin = before.is_none_or(|before| before == b':' || !is_word(before));
+        if !is_begin || !(bytes[at] == b'[' || bytes[at].is_ascii_alphanumeric()) {
             return None;
         }
         let host_end = match bytes[at] {
             b'[' => at + bytes[at..].iter().position(|byte| *byte == b']')? + 1,
-            _ => at + bytes[at..].iter().position(|byte| !(byte.is_ascii_alphanumeric() || *byte == b'.'))?,
+            _ => at + bytes[at..].iter().position(|byte| *byte == b':' || !is_word(*byte))?,
         };
         let digits = bytes.get(host_end..)?.strip_prefix(b":")?;
         let digits = digits.iter().take_while(|byte| byte.is_ascii_digit()).count();
         let end = host_end + 1 + digits;
         // With its own port alone: without one it may be anything, such as a client's.
-        let is_own = port_of(&bytes[host_end + 1..end])? == self.port && self.is_own_ip(&bytes[at..host_end]);
+        if port_of(&bytes[host_end + 1..end])? != self.port {
+            return None;
+        }
+        let host = &bytes[at..host_end];
+        // A name in a path or behind a colon is something else's.
+        let may_be_name = match before {
+            Some(b'/') => bytes[..at].ends_with(b"//"),
+            before => !matches!(before, Some(b'\\' | b':')),
+        };
+        let is_own = self.is_own_ip(host) || may_be_name && (is_local(host) || self.is_own_name(host));
         (is_own && bytes.get(end).is_none_or(|byte| !is_word(*byte))).then_some(end)
     }
 
@@ -194,15 +214,18 @@ impl OwnAddress {
         if self.is_own_ip(host) {
             return is_port;
         }
-        let host = host.strip_suffix(b".").unwrap_or(host);
-        let is_local = |ip: IpAddr| ip.is_loopback() || ip.is_unspecified();
         // What it calls itself from within.
-        if host.eq_ignore_ascii_case(b"localhost") || ip_of(host).is_some_and(is_local) {
+        if is_local(host) {
             let is_default =
                 matches!((self.port, scheme), (80, Scheme::Plain | Scheme::Unsaid) | (443, Scheme::Secure));
             return port == Some(self.port) || port.is_none() && is_default;
         }
-        is_port && self.names.iter().any(|name| name.as_bytes().eq_ignore_ascii_case(host))
+        is_port && self.is_own_name(host)
+    }
+
+    fn is_own_name(&self, host: &[u8]) -> bool {
+        let host = host.strip_suffix(b".").unwrap_or(host);
+        self.names.iter().any(|name| name.as_bytes().eq_ignore_ascii_case(host))
     }
 
     fn is_own_ip(&self, host: &[u8]) -> bool {
@@ -275,6 +298,24 @@ impl<'v> Decoded<'v> {
 
 fn hex(digit: u8) -> Option<u8> {
     char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
+}
+
+/// Whether a header of this name sets a cookie, whose domain may be a name without a port.
+pub fn is_cookie(name: &[u8]) -> bool {
+    name.eq_ignore_ascii_case(b"set-cookie")
+}
+
+/// Whether a host is the machine itself, whichever that is.
+fn is_local(host: &[u8]) -> bool {
+    let host = host.strip_suffix(b".").unwrap_or(host);
+    is_localhost(host) || ip_of(host).is_some_and(|ip| ip.is_loopback() || ip.is_unspecified())
+}
+
+/// Names below `localhost` are the same machine (RFC 6761, 6.3).
+fn is_localhost(host: &[u8]) -> bool {
+    const NAME: &[u8] = b"localhost";
+    let Some(at) = host.len().checked_sub(NAME.len()) else { return false };
+    host[at..].eq_ignore_ascii_case(NAME) && (at == 0 || host[at - 1] == b'.')
 }
 
 fn is_word(byte: u8) -> bool {
@@ -463,7 +504,14 @@ mod tests {
             "/api/v1/x",
             "/x//10.0.0.1",
             "mailto:10.0.0.1",
-            "vllm-1:8000",
+            "vllm-1:8001",
+            "avllm-1:8000",
+            "vllm-1:80001",
+            "org/vllm-1:8000",
+            "localhost:3000",
+            "notlocalhost:8000",
+            "localhost",
+            "vllm-1",
             "10.0.0.1",
             "10.0.0.1:80",
             "application/json; version=10.0.0.1",
@@ -492,6 +540,29 @@ mod tests {
             ("Set-Cookie", "a=1; Domain=10.0.0.1; Path=/", "a=1; Path=/"),
             ("set-cookie", "a=10.0.0.1;domain=.10.0.0.1", "a=10.0.0.1"),
             ("set-cookie", "a=http://10.0.0.1:8000/x; Domain=example.org", "a=/x; Domain=example.org"),
+            ("Set-Cookie", "a=1; DOMAIN = \"10.0.0.1\"", "a=1"),
+            ("Set-Cookie", "a=1;Domain=vllm-1", "a=1"),
+            ("Set-Cookie", "a=1; Domain=.VLLM-1.; Secure", "a=1; Secure"),
+            ("Set-Cookie", "a=1; Domain=0123456789ab", "a=1"),
+            ("Set-Cookie", "a=1; Domain=.localhost", "a=1"),
+            ("Set-Cookie", "domain=vllm-1; Domain=vllm-2", "domain=vllm-1; Domain=vllm-2"),
+            ("Alt-Svc", "h2=\":8000\"", "dropped"),
+            ("alt-svc", "h2=\"vllm-1:8000\"", "dropped"),
+            ("alt-svc", "h2=\"localhost:8000\"", "dropped"),
+            ("X-Served-By", "vllm-1:8000", "-"),
+            ("x-served-by", "VLLM-1.:8000", "-"),
+            ("x-served-by", "0123456789ab:8000", "-"),
+            ("x-upstream-host", "localhost:8000", "-"),
+            ("x-upstream-host", "127.0.0.1:8000, [::1]:8000, 0.0.0.0:8000", "-, -, -"),
+            ("x-upstream-host", "167772161:8000", "-"),
+            ("Warning", "199 vllm-1:8000 \"slow\"", "199 - \"slow\""),
+            ("Via", "1.1 localhost:8000 (uvicorn)", "1.1 - (uvicorn)"),
+            ("Forwarded", "host=\"vllm-1:8000\";proto=http", "host=\"-\";proto=http"),
+            ("x-any", "tcp:10.0.0.1:8000", "tcp:-"),
+            ("x-any", "grpc://vllm-1:8000/x", "grpc://-/x"),
+            ("location", "https:167772161:8000/x", "/x"),
+            ("location", "http:0x0a000001:8000/x", "/x"),
+            ("location", "http://a.localhost:8000/x", "/x"),
             ("X-Served-By", "10.0.0.1:8000", "-"),
             ("x-upstream", "a, 10.0.0.1:8000, [::ffff:10.0.0.1]:8000", "a, -, -"),
             ("www-authenticate", "Basic realm=\"10.0.0.1:8000\"", "Basic realm=\"-\""),

@@ -11,7 +11,7 @@ use crate::{
         body::Framing,
         date::push_date,
         head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
-        own_address::{Concealed, OwnAddress},
+        own_address::{Concealed, OwnAddress, is_cookie},
     },
 };
 
@@ -191,6 +191,8 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
             Known::Other if to.framing == Delivery::UntilClose && is_trailer(&header) => continue,
             _ => {}
         }
+        // The domain of a cookie is an address without a port.
+        let may_tell = may_tell || is_cookie(header.name);
         push_passed(out, &header, may_tell.then_some(to.own_address));
     }
     let request_id = match lines.first(Known::XRequestId) {
@@ -280,6 +282,8 @@ fn push_own_lines(out: &mut Vec<u8>, status: StatusCode, headers: &HeaderMap, co
 fn push_end(out: &mut Vec<u8>, framing: Delivery, common: &Common<'_>) {
     if let CrossOrigin::Allowed(origin) = common.cross_origin {
         push_line(out, b"access-control-allow-origin", origin);
+        // What a script would else not see of the answer it reads (Fetch, 3.2.3).
+        push_line(out, b"access-control-expose-headers", b"x-request-id, request-id, retry-after");
     }
     // Caches must know that another origin, or none, would have got another answer (Fetch, 3.2.5).
     if !matches!(common.cross_origin, CrossOrigin::Unsaid) {
@@ -494,7 +498,8 @@ mod tests {
         assert_eq!(
             answered(text, Delivery::Chunked, Persistence::Close, Some(b"https://ui.example")),
             "HTTP/1.1 200 \nX-Request-Id: theirs\nContent-Type: text/event-stream\nTrailer: x\nx-accel-buffering: no\n\
-             access-control-allow-origin: https://ui.example\nvary: origin\ntransfer-encoding: chunked\nconnection: close\n\n"
+             access-control-allow-origin: https://ui.example\n\
+             access-control-expose-headers: x-request-id, request-id, retry-after\nvary: origin\ntransfer-encoding: chunked\nconnection: close\n\n"
         );
         let until_close = answered(text, Delivery::UntilClose, Persistence::Close, None);
         assert!(!until_close.contains("Trailer") && !until_close.contains("chunked"), "{until_close}");
@@ -618,6 +623,14 @@ mod tests {
             let text = format!("HTTP/1.1 307 x\nLocation: {from}\n\n");
             let sent = answered(&text, Delivery::AsIs, Persistence::Unsaid, None);
             assert!(sent.contains(&format!("\nLocation: {to}\n")), "{from}: {sent}");
+        }
+        for (from, to) in [
+            ("Set-Cookie: a=1; Domain=vllm-1; Secure", "Set-Cookie: a=1; Secure"),
+            ("set-cookie: a=1; domain=localhost", "set-cookie: a=1"),
+            ("X-Served-By: vllm-1:8000", "X-Served-By: -"),
+        ] {
+            let sent = answered(&format!("HTTP/1.1 200 x\n{from}\n\n"), Delivery::AsIs, Persistence::Unsaid, None);
+            assert!(sent.contains(&format!("\n{to}\n")), "{from}: {sent}");
         }
         // Nor if they hold something that is not UTF-8.
         let hidden = own_address().conceal(b"location", b"http://10.0.0.1:8000/\xe9");

@@ -386,6 +386,11 @@ async fn r09_preflight_is_answered_by_policy() {
         for request in [Request::chat("m"), Request::chat("unheard"), Request::get("/v1/models")] {
             let answer = app.ask(&request.header("Origin", origin)).await;
             assert_eq!(answer.header("access-control-allow-origin"), Some(origin), "{:?}", answer.head);
+            let exposed = answer.header("access-control-expose-headers").unwrap();
+            assert!(
+                ["x-request-id", "request-id", "retry-after"].iter().all(|name| exposed.contains(name)),
+                "{exposed}"
+            );
         }
     }
     let answer = app.ask(&preflight("https://evil.example")).await;
