@@ -62,10 +62,11 @@ struct Streams {
 /// One of them.
 struct OpenStream(Arc<Streams>);
 
-/// A connection that counts the bytes that pass, either way.
+/// A connection that counts the bytes that pass, either way, and tells when all that was to be sent has been.
 struct Counted {
     io: Rewound,
     passed: Arc<AtomicUsize>,
+    flushed: Arc<Notify>,
 }
 
 /// Serves a connection, of which `first` has been read already, to its end.
@@ -86,7 +87,8 @@ pub(super) async fn serve(
         .max_local_error_reset_streams(Some(MISTAKES_MAX))
         .initial_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES);
-    let io = Counted { io: Rewound::new(io, first), passed: passed.clone() };
+    let flushed = Arc::new(Notify::new());
+    let io = Counted { io: Rewound::new(io, first), passed: passed.clone(), flushed: flushed.clone() };
     let mut connection = match timeout(HANDSHAKE_TIME, builder.handshake::<_, Bytes>(io)).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return tracing::debug!(%error, "HTTP/2 connection ended"),
@@ -107,13 +109,13 @@ pub(super) async fn serve(
             biased;
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    let (proxy, stream) = (proxy.clone(), OpenStream::of(&streams));
+                    let (proxy, stream, flushed) = (proxy.clone(), OpenStream::of(&streams), flushed.clone());
                     // The connection has come with a descriptor for the only one.
                     let places = (streams.open.load(Relaxed) > 1).then(|| places.clone());
                     // Ends with the stream, which the connection outlives.
                     #[allow(clippy::disallowed_methods)]
                     tokio::spawn(async move {
-                        stream::serve(request, respond, proxy, client_ip, places).await;
+                        stream::serve(request, respond, proxy, client_ip, places, flushed).await;
                         drop(stream);
                     });
                     continue;
@@ -233,7 +235,11 @@ impl AsyncWrite for Counted {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let flushed = Pin::new(&mut self.io).poll_flush(cx);
+        if flushed.is_ready() {
+            self.flushed.notify_waiters();
+        }
+        flushed
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

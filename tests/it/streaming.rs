@@ -389,6 +389,38 @@ async fn s03_an_http_2_stream_is_reset() {
     assert!(!String::from_utf8_lossy(&text).contains("[DONE]"));
 }
 
+/// A reset takes everything with it that has not been sent yet, so it has to come behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s03_over_http_2_a_broken_stream_says_why_before_its_reset() {
+    for pieces in [0, 1, 50] {
+        let (upstream, app) = one().await;
+        let mut front = connect_h2(app.addr()).await;
+        for round in 0..5 {
+            let mut script = sse_begin();
+            script.extend((0..pieces).map(|index| Step::SendChunk(format!("data: {index}\n\n").into())));
+            script.push(Step::Close);
+            upstream.script(script);
+            let what = format!("{pieces} pieces, round {round}");
+            let mut answer = front.send_request(h2_chat()).await.expect(&what);
+            assert_eq!(answer.status(), 200, "{what}");
+            let mut text = Vec::new();
+            let error = soon("the end of the stream", async {
+                loop {
+                    match answer.body_mut().frame().await {
+                        None => panic!("{what}: ended cleanly: {:?}", String::from_utf8_lossy(&text)),
+                        Some(Err(error)) => return error,
+                        Some(Ok(frame)) => text.extend_from_slice(frame.data_ref().unwrap()),
+                    }
+                }
+            })
+            .await;
+            let text = String::from_utf8(text).unwrap();
+            assert_eq!(text.matches("data: ").count(), pieces + 1, "{what}: {text} {error}");
+            assert!(text.contains("backend_error"), "{what}: {text}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s03_an_idle_timeout_that_was_set_cuts_a_silent_stream() {
     let upstream = Upstream::start("a", &["m"]).await;

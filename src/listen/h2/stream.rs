@@ -16,6 +16,7 @@ use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use tokio::{
     io::{AsyncRead as _, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
+    sync::Notify,
     time::timeout,
 };
 
@@ -34,6 +35,9 @@ use crate::{
 /// The pipe between a stream and the engine, and the largest piece of an answer that is read at a time.
 const PIPE_BYTES: usize = 16 * 1024;
 
+/// How long the last words of a broken answer may take.
+const LAST_WORDS_TIME: Duration = Duration::from_secs(1);
+
 /// Why a stream ended before its answer did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Broken {
@@ -51,6 +55,8 @@ struct Answer {
     /// Come, and not yet passed on.
     inbox: Vec<u8>,
     write_limit: Option<Duration>,
+    /// Told when the connection has sent all that it may.
+    flushed: Arc<Notify>,
 }
 
 /// Serves one stream, once there is room for it in `places`.
@@ -60,6 +66,7 @@ pub(super) async fn serve(
     proxy: Arc<Proxy>,
     client_ip: IpAddr,
     places: Option<Arc<Places>>,
+    flushed: Arc<Notify>,
 ) {
     let _place = match places {
         None => None,
@@ -86,7 +93,7 @@ pub(super) async fn serve(
     tokio::spawn(async move { proxy.serve(there, Vec::new(), client_ip, closing).await });
     let (pipe, mut to_engine) = tokio::io::split(here);
     let is_head = request.method() == Method::HEAD;
-    let mut answer = Answer { pipe, inbox: Vec::new(), write_limit };
+    let mut answer = Answer { pipe, inbox: Vec::new(), write_limit, flushed };
     let mut upload = Box::pin(async move { upload(request, &mut to_engine).await });
     let mut is_uploaded = false;
     let passed = {
@@ -238,6 +245,10 @@ impl Answer {
             if self.inbox.is_empty() {
                 match self.read(|cx| stream.poll_reset(cx).is_ready()).await {
                     Err(Broken::ByEngine) if decoder.may_end_by_close() => break,
+                    Err(Broken::ByEngine) => {
+                        self.send_last_words(&mut stream).await;
+                        return Err(Broken::ByEngine);
+                    }
                     read => read?,
                 }
             }
@@ -299,6 +310,22 @@ impl Answer {
             stream.send_data(piece, is_last && bytes.is_empty()).map_err(|_| Broken::ByClient)?;
         }
         Ok(())
+    }
+
+    /// Waits until what has been handed over is sent: a reset takes everything with it that still waits, and the end of a
+    /// broken stream of events says why it broke.
+    async fn send_last_words(&self, stream: &mut SendStream<Bytes>) {
+        let flushed = self.flushed.notified();
+        tokio::pin!(flushed);
+        flushed.as_mut().enable();
+        // Behind everything else, so that there is something to send.
+        if stream.send_data(Bytes::new(), false).is_ok() {
+            let is_reset = std::future::poll_fn(|cx| stream.poll_reset(cx));
+            tokio::select! {
+                _ = timeout(LAST_WORDS_TIME, flushed) => {}
+                _ = is_reset => {}
+            }
+        }
     }
 
     /// Waits until the engine has closed the pipe.
