@@ -121,27 +121,33 @@ async fn an_early_error_reaches_a_client_while_the_proxy_shuts_down() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_early_error_costs_no_http_2_stream() {
     let (_upstream, app) = one(&[]).await;
-    let mut front = h2_raw(&app, 1 << 20).await;
-    let request = hyper::Request::post("http://front.test/v1/chat/completions").body(()).unwrap();
-    let (answer, mut sending) = front.send_request(request, false).unwrap();
-    // All of the body is taken, although the answer came long before its end.
     let body = Bytes::from(long_body("unheard", 20 * MIB));
-    let mut left = body;
-    while !left.is_empty() {
-        sending.reserve_capacity(left.len());
-        let room = soon("a window", std::future::poll_fn(|cx| sending.poll_capacity(cx))).await;
-        let room = room.expect("the stream was reset").expect("the stream was reset");
-        let piece = left.split_to(room.min(left.len()));
-        sending.send_data(piece, left.is_empty()).expect("the stream was reset");
+    // With a length the proxy knows how much there is to come, and says all that it has to say at once.
+    for length in [None, Some(body.len())] {
+        let mut front = h2_raw(&app, 1 << 20).await;
+        let mut request = hyper::Request::post("http://front.test/v1/chat/completions");
+        if let Some(length) = length {
+            request = request.header("content-length", length);
+        }
+        let (answer, mut sending) = front.send_request(request.body(()).unwrap(), false).unwrap();
+        // All of the body is taken, although the answer came long before its end.
+        let mut left = body.clone();
+        while !left.is_empty() {
+            sending.reserve_capacity(left.len());
+            let room = soon("a window", std::future::poll_fn(|cx| sending.poll_capacity(cx))).await;
+            let room = room.expect("the stream was reset").expect("the stream was reset");
+            let piece = left.split_to(room.min(left.len()));
+            sending.send_data(piece, left.is_empty()).expect("the stream was reset");
+        }
+        let answer = soon("the answer", answer).await.unwrap();
+        assert_eq!(answer.status(), 404, "{length:?}");
+        let mut body = answer.into_body();
+        let mut text = Vec::new();
+        while let Some(data) = soon("the body", body.data()).await {
+            text.extend_from_slice(&data.unwrap());
+        }
+        assert!(String::from_utf8_lossy(&text).contains("model_not_found"), "{length:?}");
     }
-    let answer = soon("the answer", answer).await.unwrap();
-    assert_eq!(answer.status(), 404);
-    let mut body = answer.into_body();
-    let mut text = Vec::new();
-    while let Some(data) = soon("the body", body.data()).await {
-        text.extend_from_slice(&data.unwrap());
-    }
-    assert!(String::from_utf8_lossy(&text).contains("model_not_found"));
 }
 
 /// An HTTP/2 connection by hand, whose streams may each be sent `window` bytes ahead of what is read.

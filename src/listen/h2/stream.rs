@@ -15,7 +15,7 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use tokio::{
-    io::{AsyncRead as _, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
+    io::{AsyncRead as _, AsyncWriteExt as _, DuplexStream, ReadBuf, ReadHalf, WriteHalf},
     sync::Notify,
     time::timeout,
 };
@@ -90,7 +90,7 @@ pub(super) async fn serve(
     let closing = Stopper::default().closing();
     // Ends with the pipe, and the pipe with the stream.
     #[allow(clippy::disallowed_methods)]
-    tokio::spawn(async move { proxy.serve(there, Vec::new(), client_ip, closing).await });
+    let engine = tokio::spawn(async move { proxy.serve(there, Vec::new(), client_ip, closing).await });
     let (pipe, mut to_engine) = tokio::io::split(here);
     let is_head = request.method() == Method::HEAD;
     let mut answer = Answer { pipe, inbox: Vec::new(), write_limit, flushed };
@@ -112,10 +112,10 @@ pub(super) async fn serve(
     };
     match passed {
         Ok(()) if is_uploaded => {}
-        // The engine reads on for as long as it has patience, and closes the pipe then.
+        // The engine reads on for as long as it has patience. That it says no more is not yet its end.
         Ok(()) => tokio::select! {
             _ = &mut upload => {}
-            () = answer.ended() => {}
+            _ = engine => {}
         },
         Err(Broken::ByClient) => {}
         Err(Broken::ByEngine) => respond.send_reset(Reason::INTERNAL_ERROR),
@@ -326,12 +326,6 @@ impl Answer {
                 _ = is_reset => {}
             }
         }
-    }
-
-    /// Waits until the engine has closed the pipe.
-    async fn ended(&mut self) {
-        let mut rest = [0; 64];
-        while matches!(self.pipe.read(&mut rest).await, Ok(n) if n > 0) {}
     }
 }
 
