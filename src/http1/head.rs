@@ -181,9 +181,10 @@ pub struct RequestHead {
     pub version: Version,
     /// Where its body ends.
     pub framing: Framing,
-    target: Span,
-    /// The part of the target before the query.
-    path: Span,
+    /// Path and query. Kept apart from the lines as text, because it is asked for many times.
+    target: String,
+    /// How much of the target stands before the query.
+    path_bytes: usize,
     authority: Span,
 }
 
@@ -376,8 +377,8 @@ impl Default for RequestHead {
             method: Method::GET,
             version: Version::Http11,
             framing: Framing::Empty,
-            target: Span::default(),
-            path: Span::default(),
+            target: String::new(),
+            path_bytes: 0,
             authority: Span::default(),
         }
     }
@@ -388,7 +389,8 @@ impl RequestHead {
     pub fn forget_large(&mut self) {
         const KEPT_BYTES_MAX: usize = 4 * 1024;
         const KEPT_LINES_MAX: usize = 64;
-        if self.lines.bytes.capacity() > KEPT_BYTES_MAX || self.lines.lines.capacity() > KEPT_LINES_MAX {
+        let bytes = self.lines.bytes.capacity().max(self.target.capacity());
+        if bytes > KEPT_BYTES_MAX || self.lines.lines.capacity() > KEPT_LINES_MAX {
             *self = RequestHead::default();
         }
     }
@@ -419,9 +421,9 @@ impl RequestHead {
         }
         let (authority, origin) =
             split_target(target).ok_or(HeadError::Malformed("the request target has a scheme and no host"))?;
-        let path = origin.split_once('?').map_or(origin, |(path, _)| path);
-        self.target = Lines::span_of(bytes, origin.as_bytes());
-        self.path = Lines::span_of(bytes, path.as_bytes());
+        self.target.clear();
+        self.target.push_str(origin);
+        self.path_bytes = origin.find('?').unwrap_or(origin.len());
         self.authority = Lines::span_of(bytes, authority.as_bytes());
         self.lines.fill(bytes, parsed.headers);
         self.lines.check_named()?;
@@ -446,24 +448,18 @@ impl RequestHead {
 
     /// Path and query, in the client's own encoding. For `OPTIONS *` an asterisk.
     pub fn target(&self) -> &str {
-        match self.lines.get(self.target) {
-            // Absolute form without a path.
-            [] => "/",
-            target => std::str::from_utf8(target).unwrap_or_default(),
-        }
+        // Absolute form without a path.
+        if self.target.is_empty() { "/" } else { &self.target }
     }
 
     /// The path alone.
     pub fn path(&self) -> &str {
-        match self.lines.get(self.path) {
-            [] if self.lines.get(self.target).is_empty() => "/",
-            path => std::str::from_utf8(path).unwrap_or_default(),
-        }
+        if self.target.is_empty() { "/" } else { &self.target[..self.path_bytes] }
     }
 
     /// The query alone.
     pub fn query(&self) -> Option<&str> {
-        self.target().split_once('?').map(|(_, query)| query)
+        self.target.get(self.path_bytes + 1..)
     }
 
     /// The host that was asked: of the target, if it is in absolute form, else of `Host`.
@@ -482,7 +478,7 @@ impl RequestHead {
             None if self.version == Version::Http11 => Some("the request has no Host header"),
             Some(host) if !is_host(host) => Some("the Host header is not a host, with or without a port"),
             // Without an authority the target is in another form, in which it has no host.
-            _ if !is_host(authority) || authority.starts_with(b":") => {
+            _ if !authority.is_empty() && (!is_host(authority) || authority.starts_with(b":")) => {
                 Some("the host in the request target is not one")
             }
             _ => None,
@@ -524,7 +520,8 @@ fn is_host(value: &[u8]) -> bool {
             }
             (&[][..], &rest[end + 1..])
         }
-        _ => value.split_at(memchr(b':', value).unwrap_or(value.len())),
+        // Names are short, so that a plain loop is faster than a search made for long texts.
+        _ => value.split_at(value.iter().position(|&byte| byte == b':').unwrap_or(value.len())),
     };
     let is_port = match port {
         [] => true,
@@ -537,13 +534,28 @@ fn is_host(value: &[u8]) -> bool {
     is_port && is_registered_name(host)
 }
 
+/// Bytes that stand for themselves in a registered name (RFC 3986, 3.2.2).
+const NAME_BYTES: [bool; 256] = {
+    let mut names = [false; 256];
+    let mut byte = 0;
+    while byte < names.len() {
+        let plain = b"-._~!$&'()*+,;=";
+        let mut at = 0;
+        while at < plain.len() {
+            names[plain[at] as usize] = true;
+            at += 1;
+        }
+        names[byte] |= (byte as u8).is_ascii_alphanumeric();
+        byte += 1;
+    }
+    names
+};
+
 fn is_registered_name(name: &[u8]) -> bool {
     let mut rest = name;
-    while let [byte, after @ ..] = rest {
-        rest = match (byte, after) {
-            (b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' | b'-' | b'.' | b'_' | b'~', _) => after,
-            (b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=', _) => after,
-            (b'%', [high, low, after @ ..]) if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => after,
+    while let Some(at) = rest.iter().position(|&byte| !NAME_BYTES[usize::from(byte)]) {
+        rest = match &rest[at..] {
+            [b'%', high, low, after @ ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => after,
             _ => return false,
         };
     }

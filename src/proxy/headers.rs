@@ -192,8 +192,11 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
             _ => {}
         }
         // The domain of a cookie is an address without a port.
-        let may_tell = may_tell || is_cookie(header.name);
-        push_passed(out, &header, may_tell.then_some(to.own_address));
+        if may_tell || is_cookie(header.name) {
+            push_concealed(out, &header, to.own_address);
+        } else {
+            push_line(out, header.name, header.value);
+        }
     }
     let request_id = match lines.first(Known::XRequestId) {
         Some(theirs) => theirs,
@@ -222,18 +225,18 @@ pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead, own_address: &OwnAdd
     for header in head.lines.iter() {
         let ends_here = header.known.is_hop_by_hop() || head.lines.is_named_by_connection(&header);
         if !ends_here && header.known != Known::ContentLength {
-            push_passed(out, &header, Some(own_address));
+            push_concealed(out, &header, own_address);
         }
     }
     out.extend_from_slice(b"\r\n");
 }
 
-/// Appends a line of a backend's, without its address where it may tell that.
-fn push_passed(out: &mut Vec<u8>, header: &Header<'_>, may_tell: Option<&OwnAddress>) {
-    match may_tell.map(|own_address| own_address.conceal(header.name, header.value)) {
-        None | Some(Concealed::AsIs) => push_line(out, header.name, header.value),
-        Some(Concealed::Changed(value)) => push_line(out, header.name, &value),
-        Some(Concealed::Dropped) => {}
+/// Appends a line of a backend's, without its address.
+fn push_concealed(out: &mut Vec<u8>, header: &Header<'_>, own_address: &OwnAddress) {
+    match own_address.conceal(header.name, header.value) {
+        Concealed::AsIs => push_line(out, header.name, header.value),
+        Concealed::Changed(value) => push_line(out, header.name, &value),
+        Concealed::Dropped => {}
     }
 }
 

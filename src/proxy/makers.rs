@@ -7,11 +7,12 @@
 
 use std::{
     collections::VecDeque,
-    hash::{BuildHasher as _, RandomState},
+    hash::BuildHasher as _,
     sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use dashmap::DashMap;
+use foldhash::fast::RandomState;
 
 use crate::backend::Member;
 
@@ -62,7 +63,7 @@ pub enum Maker {
 impl Default for Makers {
     fn default() -> Makers {
         Makers {
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             kept: DashMap::new(),
             order: Mutex::default(),
             passing: (0..PASSING_PARTS).map(|_| Mutex::default()).collect(),

@@ -234,7 +234,10 @@ pub fn answer_id(path: &str) -> Option<Cow<'_, str>> {
 fn segments_below_v1(path: &str) -> impl Iterator<Item = Cow<'_, str>> {
     let below = path.strip_prefix("/v1/").unwrap_or_default();
     let segments = below.split('/').filter(|segment| !segment.is_empty());
-    segments.map_while(|segment| percent_decode_str(segment).decode_utf8().ok())
+    segments.map_while(|segment| match segment.contains('%') {
+        true => percent_decode_str(segment).decode_utf8().ok(),
+        false => Some(Cow::Borrowed(segment)),
+    })
 }
 
 /// What `path` means for `method`. `path` is as the client sent it, without the query.

@@ -451,6 +451,8 @@ async fn o05_a_newcomer_is_told_what_is_wrong_and_what_to_change() {
     let unclear = lab.backend("unclear").unlabelled().label("inference.enable", "ture").network(&net).start().await;
     let elsewhere = lab.backend("elsewhere").network(&apart).healthcheck(OFTEN).start().await;
     let sick = checked("sick").up().await;
+    // One that has never been well in its run is told in other words.
+    proxy.until_serves(sick.model()).await;
     sick.ctl("health=503").await;
     let bare = lab.backend("bare").network(&net).start().await;
     let told = [
