@@ -141,8 +141,8 @@ pub fn reach(
     let Some(&first_port) = ports.first() else {
         return Err(Unreachable::NoPort);
     };
-    if let Vantage::Elsewhere { engine, on_link } = vantage {
-        return elsewhere::reach(wiring, engine, on_link, ports);
+    if let Vantage::Elsewhere { engine } = vantage {
+        return elsewhere::reach(wiring, engine, ports);
     }
     match (&wiring.mode, wanted_network) {
         (NetworkMode::Container(owner), _) => Err(Unreachable::NamespaceGone { owner: owner.clone() }),

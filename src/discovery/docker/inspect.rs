@@ -691,7 +691,7 @@ mod tests {
 
     #[test]
     fn a_network_has_no_effect_where_the_engine_is_elsewhere() {
-        let vantage = Vantage::Elsewhere { engine: vec!["203.0.113.5".parse().unwrap()], on_link: Vec::new() };
+        let vantage = Vantage::Elsewhere { engine: vec!["203.0.113.5".parse().unwrap()] };
         let elsewhere = Context { vantage, ..context() };
         let endpoint = inspected(|_| {}).endpoint(&elsewhere).unwrap();
         assert_eq!(endpoint.reach.unwrap().targets, ["203.0.113.5:32768".parse().unwrap()]);

@@ -109,7 +109,7 @@ async fn vantage(engine: &Engine, context: &Context, own: Option<&Inspected>) ->
             Ok(Vantage::Container { attachments: own.wiring.attachments.clone(), host_network: false, host_gateway })
         }
         None => match elsewhere(&engine.host).await? {
-            Some(engine) => Ok(Vantage::Elsewhere { engine, on_link: on_link(context)? }),
+            Some(engine) => Ok(Vantage::Elsewhere { engine }),
             None => Ok(Vantage::Host { on_link: on_link(context)? }),
         },
     }
@@ -119,9 +119,7 @@ async fn vantage(engine: &Engine, context: &Context, own: Option<&Inspected>) ->
 fn on_link(context: &Context) -> Result<Vec<(IpAddr, u8)>, String> {
     match (place::on_link_prefixes(), &context.vantage) {
         (Ok(on_link), _) => Ok(on_link),
-        (Err(_), Vantage::Host { on_link } | Vantage::Elsewhere { on_link, .. }) if context.is_placed => {
-            Ok(on_link.clone())
-        }
+        (Err(_), Vantage::Host { on_link }) if context.is_placed => Ok(on_link.clone()),
         // Systems without such a file never have it.
         (Err(error), _) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
             Ok(Vec::new())

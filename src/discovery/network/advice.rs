@@ -102,6 +102,19 @@ pub enum Unreachable {
         /// The addresses of that machine.
         engine: String,
     },
+    /// The engine is on another machine, which publishes it on addresses that are not the engine's.
+    #[error(
+        "the Docker Engine is on another machine ({engine}), and its port {port} is published there on {there} only, \
+         which may be another machine's as seen from here"
+    )]
+    PublishedApartThere {
+        /// The container's port.
+        port: u16,
+        /// The addresses it is published on.
+        there: String,
+        /// The addresses of that machine.
+        engine: String,
+    },
     /// There is no port to try.
     #[error("it has no port to try")]
     NoPort,
@@ -159,6 +172,10 @@ impl Unreachable {
             }
             Unreachable::NotPublishedThere { port, .. } | Unreachable::OnlyOnLoopbackThere { port, .. } => format!(
                 "publish the port on that machine's address (-p {port}:{port}), or run the proxy on that machine"
+            ),
+            Unreachable::PublishedApartThere { port, engine, .. } => format!(
+                "publish the port on all addresses of that machine (-p {port}:{port}) or on the engine's ({engine}), or \
+                 set DOCKER_HOST to the address that it is published on"
             ),
             Unreachable::NoPort => "set inference.port".to_owned(),
         }

@@ -27,8 +27,6 @@ pub enum Vantage {
     Elsewhere {
         /// Addresses of the Engine's machine, in any order.
         engine: Vec<IpAddr>,
-        /// Prefixes that are reached from here without a gateway, as address and length in bits.
-        on_link: Vec<(IpAddr, u8)>,
     },
 }
 
