@@ -2,7 +2,7 @@
 //!
 //! Of bollard is kept: the client, one type for every kind of host; TLS with the files of `DOCKER_CERT_PATH`; and the
 //! kinds of its errors. Its models are not used, because their closed enums make a whole answer unreadable for one word
-//! that they do not know: answers come as bytes and are read in [`answers`](super::answers). Its framing of events is not
+//! that they do not know: answers come as bytes and are read in [`super::answers`]. Its framing of events is not
 //! used either, because it ends the stream at the first line that it cannot read. Sockets and plain TCP have a transport
 //! of our own, because bollard shows no header of an answer, and a header tells Podman.
 

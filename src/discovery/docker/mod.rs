@@ -11,8 +11,8 @@
 //!   has overtaken is thrown away and repeated.
 //! * The list is compared every 30 s whatever the events say; a difference means that the stream is not to be trusted.
 //!
-//! Three GETs are used: `events`, `containers/json` and `containers/{id}/json`; over TLS, `version` as well. [`engine`] asks
-//! them, [`answers`] reads them.
+//! Three GETs are used: `events`, `containers/json` and `containers/{id}/json`; over TLS, `version` as well. `engine` asks
+//! them, `answers` reads them.
 
 mod answers;
 mod engine;
