@@ -22,6 +22,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::disallowed_methods)]
 
 mod discovery;
+mod elsewhere;
 mod lifecycle;
 mod measured;
 mod pools;

@@ -6,6 +6,7 @@ use std::{
     convert::Infallible,
     future::pending,
     io,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex},
@@ -77,7 +78,7 @@ struct Shared {
 
 enum Place {
     Unix(PathBuf),
-    Tcp(u16),
+    Tcp(SocketAddr),
 }
 
 enum Listener {
@@ -121,8 +122,13 @@ impl Forwarder {
 
     /// A relay behind a loopback TCP port, as Docker API proxies are.
     pub(crate) async fn tcp(gate: Gate) -> Self {
-        let port = free_port();
-        Self::start(format!("tcp://127.0.0.1:{port}"), None, Place::Tcp(port), Link::Open, gate).await
+        Self::tcp_at(Ipv4Addr::LOCALHOST, gate).await
+    }
+
+    /// The same at another address of this machine.
+    pub(crate) async fn tcp_at(ip: Ipv4Addr, gate: Gate) -> Self {
+        let at = SocketAddr::from((ip, free_port()));
+        Self::start(format!("tcp://{at}"), None, Place::Tcp(at), Link::Open, gate).await
     }
 
     async fn start(docker_host: String, dir: Option<PathBuf>, place: Place, link: Link, gate: Gate) -> Self {
@@ -203,7 +209,7 @@ impl Place {
                 Listener::Unix(UnixListener::bind(path).unwrap())
             }
             // Tokio asks for SO_REUSEADDR, so what the last listener left behind does no harm.
-            Self::Tcp(port) => Listener::Tcp(TcpListener::bind(("127.0.0.1", *port)).await.unwrap()),
+            Self::Tcp(at) => Listener::Tcp(TcpListener::bind(at).await.unwrap()),
         }
     }
 }

@@ -131,6 +131,11 @@ impl<'l> ProxySpec<'l> {
         self.run(command, second.proxy_addr(), &second.socket())
     }
 
+    /// Starts it by `command`, which runs the binary somewhere else, to listen at `addr`.
+    pub(crate) fn with(self, command: Command, addr: SocketAddr) -> Proxy {
+        self.run(command, addr, &engine_socket())
+    }
+
     fn run(self, mut command: Command, addr: SocketAddr, engine: &Path) -> Proxy {
         command.arg("serve").env_clear();
         command.env("PROXY_PORT", addr.port().to_string()).env("PROXY_BIND", addr.ip().to_string());
