@@ -134,6 +134,12 @@ async fn o01_what_clients_invent_makes_no_series() {
     }
     client.ask(&Request::get("/nowhere")).await;
     client.ask(&Request::post("/v1/nowhere", r#"{"model":"m"}"#)).await;
+    // A client may have its answer a moment before the request is counted.
+    eventually("the request is counted", async || {
+        let labels = [("model", "m"), ("operation", "other")];
+        app.metric("proxy_request_body_bytes_count", &labels).await == Some(1.0)
+    })
+    .await;
     let before = series(&page(&app).await);
     for i in 0..200 {
         let name = format!("{:x}\\\"-{i}", fastrand::u64(..));
