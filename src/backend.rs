@@ -61,7 +61,7 @@ pub struct Backend {
     pub serial: u32,
     /// `Host` header for requests to it.
     pub authority: String,
-    /// What it may call itself in its answers.
+    /// The names and addresses by which its own answers may refer to it.
     pub own_address: OwnAddress,
     /// Connections to it.
     pub upstream: Upstream,

@@ -28,7 +28,7 @@ pub struct Wanted<'a> {
     pub affinity: Option<(&'a Affinity, &'a Prompt)>,
     /// Length of the request's body, as far as it is known.
     pub prompt_bytes: u64,
-    /// Members that their breakers keep away are not tried, though nobody else be left.
+    /// Members with an open breaker are not tried, even if no other member is left.
     pub spares_the_broken: bool,
 }
 
@@ -292,7 +292,7 @@ mod tests {
         };
         let refused = claim_now(&mut rng, &Wanted::default(), now);
         assert_eq!(refused, Err(NoPlace::Busy { rest: Some(Duration::from_secs(1)) }));
-        // A broken one is tried if nobody else is left, but not for a request that has an answer.
+        // A member with an open breaker is tried if no other is left, but not for a request that has an answer.
         let (only_b, spares_the_broken) = ([members[0].backend.clone()], true);
         let wanted = Wanted { tried: &only_b, ..Wanted::default() };
         assert_eq!(claim_now(&mut rng, &Wanted { spares_the_broken, ..wanted }, now), Err(NoPlace::Nobody));
@@ -333,7 +333,7 @@ mod tests {
             members[2].try_acquire(now).unwrap().was_served();
             assert_eq!(who(&mut rng, &[]), "abc", "{policy:?}");
         }
-        // A pool of one has nobody to prefer.
+        // A pool of one has no other member to prefer.
         let only = [member("a", 1, None)];
         let now = Instant::now();
         for _ in 0..5 {

@@ -362,7 +362,7 @@ where
     request.headers_mut().insert(header::HOST, host);
     request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    // It ends with the answer, or as soon as whoever waits for that gives up.
+    // It ends with the answer, or as soon as the answer is dropped before its end.
     #[allow(clippy::disallowed_methods)]
     tokio::spawn(connection);
     Ok(sender.send_request(request).await?)
