@@ -55,6 +55,7 @@ pub enum Known {
     ContentLength,
     ContentType,
     Cookie,
+    Date,
     Expect,
     Host,
     KeepAlive,
@@ -77,36 +78,44 @@ pub enum Known {
 
 impl Known {
     fn of(name: &[u8]) -> Known {
-        // The length leaves at most three names to compare with.
-        let candidates: &[(&[u8], Known)] = match name.len() {
-            2 => &[(b"te", Known::Te)],
-            4 => &[(b"host", Known::Host)],
-            6 => &[(b"expect", Known::Expect), (b"origin", Known::Origin), (b"cookie", Known::Cookie)],
-            7 => &[(b"upgrade", Known::Upgrade)],
-            10 => &[
-                (b"connection", Known::Connection),
-                (b"keep-alive", Known::KeepAlive),
-                (b"tracestate", Known::TraceState),
-            ],
-            11 => &[(b"retry-after", Known::RetryAfter), (b"traceparent", Known::TraceParent)],
-            12 => &[(b"content-type", Known::ContentType), (b"x-request-id", Known::XRequestId)],
-            14 => &[(b"content-length", Known::ContentLength)],
-            15 => &[(b"x-forwarded-for", Known::XForwardedFor)],
-            16 => &[
-                (b"content-encoding", Known::ContentEncoding),
-                (b"x-forwarded-host", Known::XForwardedHost),
-                (b"proxy-connection", Known::ProxyConnection),
-            ],
-            17 => &[
-                (b"transfer-encoding", Known::TransferEncoding),
-                (b"x-forwarded-proto", Known::XForwardedProto),
-                (b"anthropic-version", Known::AnthropicVersion),
-                (b"x-accel-buffering", Known::XAccelBuffering),
-            ],
-            27 => &[(b"access-control-allow-origin", Known::AllowOrigin)],
-            _ => &[],
-        };
-        candidates.iter().find(|(known, _)| name.eq_ignore_ascii_case(known)).map_or(Known::Other, |(_, known)| *known)
+        // The length leaves at most four names to compare with.
+        match name.len() {
+            2 => one_of(name, [(b"te", Known::Te)]),
+            4 => one_of(name, [(b"date", Known::Date), (b"host", Known::Host)]),
+            6 => one_of(name, [(b"expect", Known::Expect), (b"origin", Known::Origin), (b"cookie", Known::Cookie)]),
+            7 => one_of(name, [(b"upgrade", Known::Upgrade)]),
+            10 => one_of(
+                name,
+                [
+                    (b"connection", Known::Connection),
+                    (b"keep-alive", Known::KeepAlive),
+                    (b"tracestate", Known::TraceState),
+                ],
+            ),
+            11 => one_of(name, [(b"retry-after", Known::RetryAfter), (b"traceparent", Known::TraceParent)]),
+            12 => one_of(name, [(b"content-type", Known::ContentType), (b"x-request-id", Known::XRequestId)]),
+            14 => one_of(name, [(b"content-length", Known::ContentLength)]),
+            15 => one_of(name, [(b"x-forwarded-for", Known::XForwardedFor)]),
+            16 => one_of(
+                name,
+                [
+                    (b"content-encoding", Known::ContentEncoding),
+                    (b"x-forwarded-host", Known::XForwardedHost),
+                    (b"proxy-connection", Known::ProxyConnection),
+                ],
+            ),
+            17 => one_of(
+                name,
+                [
+                    (b"transfer-encoding", Known::TransferEncoding),
+                    (b"x-forwarded-proto", Known::XForwardedProto),
+                    (b"anthropic-version", Known::AnthropicVersion),
+                    (b"x-accel-buffering", Known::XAccelBuffering),
+                ],
+            ),
+            27 => one_of(name, [(b"access-control-allow-origin", Known::AllowOrigin)]),
+            _ => Known::Other,
+        }
     }
 
     /// Belongs to one connection (RFC 9110, 7.6.1), as does what `Connection` names. `Trailer` does not.
@@ -136,6 +145,19 @@ impl Known {
                 | Known::XRequestId
         )
     }
+}
+
+/// Which of the candidates a name is, in any case.
+fn one_of<const LENGTH: usize, const COUNT: usize>(name: &[u8], candidates: [(&[u8; LENGTH], Known); COUNT]) -> Known {
+    let Ok(name) = <&[u8; LENGTH]>::try_from(name) else { return Known::Other };
+    for (candidate, known) in candidates {
+        // The cases of a letter differ in this bit. No character that a name may hold differs from `-` in it alone.
+        let differences = std::iter::zip(name, candidate).fold(0, |all, (byte, known)| all | ((byte | 0x20) ^ known));
+        if differences == 0 {
+            return known;
+        }
+    }
+    Known::Other
 }
 
 /// Where a stretch of bytes is in a head.
@@ -340,9 +362,7 @@ impl Lines {
     fn content_length(&self) -> Result<Option<u64>, HeadError> {
         let mut length = None;
         for value in self.all(Known::ContentLength) {
-            let digits = !value.is_empty() && value.iter().all(u8::is_ascii_digit);
-            let parsed = std::str::from_utf8(value).ok().filter(|_| digits).and_then(|text| text.parse::<u64>().ok());
-            let Some(parsed) = parsed else {
+            let Some(parsed) = number_of(value) else {
                 return Err(HeadError::Malformed("Content-Length is not a number"));
             };
             if length.replace(parsed).is_some_and(|before| before != parsed) {
@@ -361,6 +381,15 @@ impl Lines {
             _ => Err(HeadError::Malformed("the only Transfer-Encoding understood is `chunked`")),
         }
     }
+}
+
+/// A number of digits alone, if it is one of 64 bits.
+fn number_of(digits: &[u8]) -> Option<u64> {
+    let push = |number: u64, digit: &u8| match digit {
+        b'0'..=b'9' => number.checked_mul(10)?.checked_add(u64::from(digit - b'0')),
+        _ => None,
+    };
+    if digits.is_empty() { None } else { digits.iter().try_fold(0, push) }
 }
 
 /// The tokens of a list such as the value of `Connection`.
@@ -423,7 +452,7 @@ impl RequestHead {
             split_target(target).ok_or(HeadError::Malformed("the request target has a scheme and no host"))?;
         self.target.clear();
         self.target.push_str(origin);
-        self.path_bytes = origin.find('?').unwrap_or(origin.len());
+        self.path_bytes = origin.bytes().position(|byte| byte == b'?').unwrap_or(origin.len());
         self.authority = Lines::span_of(bytes, authority.as_bytes());
         self.lines.fill(bytes, parsed.headers);
         self.lines.check_named()?;
@@ -521,7 +550,18 @@ fn is_host(value: &[u8]) -> bool {
             (&[][..], &rest[end + 1..])
         }
         // Names are short, so that a plain loop is faster than a search made for long texts.
-        _ => value.split_at(value.iter().position(|&byte| byte == b':').unwrap_or(value.len())),
+        _ => {
+            let plain = value.iter().position(|&byte| !NAME_BYTES[usize::from(byte)]).unwrap_or(value.len());
+            let (name, rest) = value.split_at(plain);
+            match rest {
+                [] | [b':', ..] => (&[][..], rest),
+                // An escape, or what is wrong.
+                _ => {
+                    let end = rest.iter().position(|&byte| byte == b':').unwrap_or(rest.len());
+                    (&value[name.len()..name.len() + end], &rest[end..])
+                }
+            }
+        }
     };
     let is_port = match port {
         [] => true,
@@ -649,6 +689,10 @@ impl ResponseHead {
             b"text/x-ndjson",
         ];
         let Some(kind) = self.lines.first(Known::ContentType) else { return false };
+        // What most answers are needs no comparing with a list.
+        if kind == b"application/json" {
+            return false;
+        }
         let kind = kind.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii();
         // Structured names of the same thing: `application/geo+json-seq` (RFC 8091).
         let is_sequence = kind.len() > 9 && kind[kind.len() - 9..].eq_ignore_ascii_case(b"+json-seq");
@@ -678,6 +722,55 @@ fn grammar(error: httparse::Error) -> HeadError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_known_in_any_case_and_no_others_are() {
+        let names = [
+            "te",
+            "date",
+            "host",
+            "expect",
+            "origin",
+            "cookie",
+            "upgrade",
+            "connection",
+            "keep-alive",
+            "tracestate",
+            "retry-after",
+            "traceparent",
+            "content-type",
+            "x-request-id",
+            "content-length",
+            "x-forwarded-for",
+            "content-encoding",
+            "x-forwarded-host",
+            "proxy-connection",
+            "transfer-encoding",
+            "x-forwarded-proto",
+            "anthropic-version",
+            "x-accel-buffering",
+            "access-control-allow-origin",
+        ];
+        for name in names {
+            let known = Known::of(name.as_bytes());
+            assert_ne!(known, Known::Other, "{name}");
+            assert_eq!(Known::of(name.to_ascii_uppercase().as_bytes()), known, "{name}");
+            for at in 0..name.len() {
+                for byte in (0..=u8::MAX).filter(|byte| may_be_in_a_name(*byte)) {
+                    let mut other = name.as_bytes().to_vec();
+                    other[at] = byte;
+                    let is_same = other.eq_ignore_ascii_case(name.as_bytes());
+                    assert_eq!(Known::of(&other) == known, is_same, "{}", other.escape_ascii());
+                }
+                assert_ne!(Known::of(&name.as_bytes()[..at]), known, "{name}");
+            }
+        }
+    }
+
+    /// RFC 9110, 5.6.2.
+    fn may_be_in_a_name(byte: u8) -> bool {
+        byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+    }
     use proptest::prelude::*;
 
     fn request(text: &str) -> Result<RequestHead, HeadError> {

@@ -70,21 +70,18 @@ impl OwnAddress {
         }
     }
 
-    /// Whether the address may stand in these bytes, in any spelling. Most heads are done with after this.
-    pub fn may_stand_in(&self, bytes: &[u8]) -> bool {
-        self.slashes.find(bytes).is_some()
-            || memchr3(b'\\', b'%', b'[', bytes).is_some()
-            || self.plain.find(bytes).is_some()
-            || self.with_port.find(bytes).is_some()
-    }
-
     /// What the header `name` may say to a client.
     pub fn conceal(&self, name: &[u8], value: &[u8]) -> Concealed {
+        let names_hosts_alone = matches!(name.len(), 7 | 10) && (is_alt_svc(name) || is_cookie(name));
+        // Most values are done with after this.
+        if !names_hosts_alone && !may_hold_authority(value) {
+            return Concealed::AsIs;
+        }
         let cookie = if is_cookie(name) { self.without_domain(value) } else { None };
         if cookie.is_none() && !self.may_stand_in(value) {
             return Concealed::AsIs;
         }
-        if name.eq_ignore_ascii_case(b"alt-svc") {
+        if is_alt_svc(name) {
             // `h2="host:port"`: another way to the same server, which is the backend's affair.
             let is_own = |alternative: &[u8]| match alternative {
                 // The same host is the one that the client knows, and its ports are not the backend's.
@@ -96,6 +93,14 @@ impl OwnAddress {
         }
         let replaced = self.replaced(cookie.as_deref().unwrap_or(value));
         replaced.or(cookie).map_or(Concealed::AsIs, Concealed::Changed)
+    }
+
+    /// Whether the address may stand in these bytes, in any spelling.
+    fn may_stand_in(&self, bytes: &[u8]) -> bool {
+        self.slashes.find(bytes).is_some()
+            || memchr3(b'\\', b'%', b'[', bytes).is_some()
+            || self.plain.find(bytes).is_some()
+            || self.with_port.find(bytes).is_some()
     }
 
     /// A cookie for the backend's host alone becomes one for the host that the client knows.
@@ -300,9 +305,25 @@ fn hex(digit: u8) -> Option<u8> {
     char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
 }
 
+/// Whether a URL with a host, or an address with its port, may stand in these bytes: each of them has a colon or two
+/// slashes, written as such, as backslashes, as escapes, or with a tab that browsers leave out. Values are short, so that a plain loop is faster than a search
+/// made for long texts.
+fn may_hold_authority(value: &[u8]) -> bool {
+    let mut before = 0;
+    value.iter().any(|&byte| {
+        let before = std::mem::replace(&mut before, byte);
+        matches!(byte, b':' | b'%' | b'\\' | b'\t') || byte == b'/' && before == b'/'
+    })
+}
+
 /// Whether a header of this name sets a cookie, whose domain may be a name without a port.
-pub fn is_cookie(name: &[u8]) -> bool {
+fn is_cookie(name: &[u8]) -> bool {
     name.eq_ignore_ascii_case(b"set-cookie")
+}
+
+/// Whether a header of this name tells other ways to the same server, as hosts with a port or without.
+fn is_alt_svc(name: &[u8]) -> bool {
+    name.eq_ignore_ascii_case(b"alt-svc")
 }
 
 /// Whether a host is the machine itself, whichever that is.
@@ -434,6 +455,7 @@ mod tests {
             "http:\\\\10.0.0.1:8000",
             "/\\10.0.0.1:8000",
             "ht\ttp://10.0\t.0.1:8000",
+            "/\t/10.0.0.1",
             "http://vllm-1:8000",
             "https://VLLM-1",
             "//vllm-1.:8000",
@@ -602,6 +624,16 @@ mod tests {
             let own = own("10.0.0.1:8000", "/api/v1");
             if let Concealed::Changed(to) = own.conceal(name.as_bytes(), value.as_bytes()) {
                 prop_assert_ne!(&to, value.as_bytes());
+            }
+        }
+
+        #[test]
+        fn values_that_are_passed_at_once_say_nothing_of_it(
+            value in "(h2=|http|[ a-z0-9./,;=\"-]{0,3}|/|\t|:|%2F|\\\\|10[.]0[.]0[.]1|8000|vllm-1|localhost){0,8}",
+        ) {
+            let value = value.as_bytes();
+            if !may_hold_authority(value) {
+                prop_assert_eq!(own("10.0.0.1:8000", "/api/v1").replaced(value), None);
             }
         }
 

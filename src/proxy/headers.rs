@@ -11,7 +11,7 @@ use crate::{
         body::Framing,
         date::push_date,
         head::{Header, Known, Lines, RequestHead, ResponseHead, Version},
-        own_address::{Concealed, OwnAddress, is_cookie},
+        own_address::{Concealed, OwnAddress},
     },
 };
 
@@ -177,7 +177,6 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
         to.framing == Delivery::AsIs && head.framing != Framing::Chunked && may_have_length(head.status);
     // 426 says with it what the client is to use instead (RFC 9110, 15.5.22).
     let demands_upgrade = head.status == StatusCode::UPGRADE_REQUIRED && lines.has(Known::Upgrade);
-    let may_tell = to.own_address.may_stand_in(lines.raw());
     let keeps_upgrade = demands_upgrade || to.common.connection == Persistence::Upgrade;
     for header in lines.iter() {
         match header.known {
@@ -191,12 +190,7 @@ pub fn push_response(out: &mut Vec<u8>, head: &ResponseHead, to: &ToClient<'_>) 
             Known::Other if to.framing == Delivery::UntilClose && is_trailer(&header) => continue,
             _ => {}
         }
-        // The domain of a cookie is an address without a port.
-        if may_tell || is_cookie(header.name) {
-            push_concealed(out, &header, to.own_address);
-        } else {
-            push_line(out, header.name, header.value);
-        }
+        push_concealed(out, &header, to.own_address);
     }
     let request_id = match lines.first(Known::XRequestId) {
         Some(theirs) => theirs,
@@ -233,7 +227,12 @@ pub fn push_interim(out: &mut Vec<u8>, head: &ResponseHead, own_address: &OwnAdd
 
 /// Appends a line of a backend's, without its address.
 fn push_concealed(out: &mut Vec<u8>, header: &Header<'_>, own_address: &OwnAddress) {
-    match own_address.conceal(header.name, header.value) {
+    let concealed = match header.known {
+        // Digits, and a time, say nothing of it.
+        Known::ContentLength | Known::Date => Concealed::AsIs,
+        _ => own_address.conceal(header.name, header.value),
+    };
+    match concealed {
         Concealed::AsIs => push_line(out, header.name, header.value),
         Concealed::Changed(value) => push_line(out, header.name, &value),
         Concealed::Dropped => {}

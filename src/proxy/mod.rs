@@ -404,11 +404,17 @@ impl Proxy {
             true => ModelScanner::for_fields,
             false => ModelScanner::for_content_type,
         };
-        let scanner = |kind| match plain(kind).and_then(|plain| plain.coded(Some(&coding))) {
-            Ok(scanner) => Ok(Some(scanner)),
-            // Not what says that it names a model, or may.
-            Err(ScanError::UnsupportedCoding { .. }) if kind.is_some_and(is_opaque) => Ok(None),
-            Err(error) => Err(self.body_error(error.into())),
+        let scanner = |kind: Option<&[u8]>| {
+            let scanner = match plain(kind) {
+                Ok(scanner) if coding.is_empty() => return Ok(Some(scanner)),
+                scanner => scanner.and_then(|scanner| scanner.coded(Some(&coding))),
+            };
+            match scanner {
+                Ok(scanner) => Ok(Some(scanner)),
+                // Not what says that it names a model, or may.
+                Err(ScanError::UnsupportedCoding { .. }) if kind.is_some_and(is_opaque) => Ok(None),
+                Err(error) => Err(self.body_error(error.into())),
+            }
         };
         let mut first = scanner(kind)?;
         for other in kinds.filter(|other| Some(*other) != kind) {

@@ -342,7 +342,7 @@ pub struct QueryModelsDiffer(pub String, pub String);
 /// It is named more than once and not the same each time: one server takes the first, another the last.
 pub fn model_in_query(query: Option<&str>) -> Result<Option<String>, QueryModelsDiffer> {
     let mut model: Option<Cow<'_, str>> = None;
-    for pair in query.unwrap_or_default().split('&') {
+    for pair in query.into_iter().flat_map(|query| query.split('&')) {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
         if !is_model_key(key) {
             continue;

@@ -562,18 +562,26 @@ fn skip_text(rest: &[u8]) -> usize {
 /// The length of the text at the start of `text` that holds no quote, backslash or raw control character.
 fn plain_len(text: &[u8]) -> usize {
     // Most strings are short.
-    let Some((word, rest)) = text.split_first_chunk() else {
-        return text.iter().position(|&byte| is_stop(byte)).unwrap_or(text.len());
-    };
-    match stops_in(*word) {
-        0 => {}
-        stops => return stops.trailing_zeros() as usize / 8,
+    let (words, tail) = text.as_chunks();
+    for (index, word) in words.iter().take(SHORT_WORDS).enumerate() {
+        let stops = stops_in(*word);
+        if stops != 0 {
+            return index * 8 + stops.trailing_zeros() as usize / 8;
+        }
     }
+    if words.len() <= SHORT_WORDS {
+        let before = text.len() - tail.len();
+        return before + tail.iter().position(|&byte| is_stop(byte)).unwrap_or(tail.len());
+    }
+    let (short, rest) = text.split_at(SHORT_WORDS * 8);
     let len = memchr2(b'"', b'\\', rest).unwrap_or(rest.len());
     let run = &rest[..len];
     let control = if holds_control(run) { run.iter().position(|&byte| byte < b' ') } else { None };
-    word.len() + control.unwrap_or(len)
+    short.len() + control.unwrap_or(len)
 }
+
+/// How many words of a string are looked at one by one before it is taken for a long one.
+const SHORT_WORDS: usize = 6;
 
 /// A quote, a backslash or a raw control character.
 fn is_stop(byte: u8) -> bool {

@@ -146,6 +146,10 @@ impl ModelScanner {
     ///
     /// [`ScanError::InvalidForm`] for a form without a usable boundary, or in a charset other than UTF-8.
     pub fn for_content_type(content_type: Option<&[u8]>) -> Result<Self, ScanError> {
+        // What most requests say needs no closer look.
+        if content_type == Some(b"application/json") {
+            return Ok(Self::json());
+        }
         match content_type.map(FormScanner::for_content_type).transpose()?.flatten() {
             Some(form) => Ok(Self::new(Format::Form(Box::new(form)))),
             None => Ok(Self::json()),

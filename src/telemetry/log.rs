@@ -28,7 +28,7 @@ use tracing::{
     field::{Field, Visit},
 };
 use tracing_subscriber::{
-    filter::{Targets, filter_fn},
+    filter::{FilterExt as _, Targets, filter_fn},
     fmt::{
         FmtContext, FormatEvent, FormatFields,
         format::{JsonFields, Writer},
@@ -86,8 +86,8 @@ pub fn init(filter: &str, format: Option<LogFormat>) -> io::Result<()> {
         }
         LogFormat::Yaml => layer.with_ansi(false).event_format(calm(format).around(Yaml)).boxed(),
     };
-    let subscriber =
-        tracing_subscriber::registry().with(layer.with_filter(targets).with_filter(filter_fn(is_discreet)));
+    // One filter and not two on top of each other: where two disagree about an event, they are asked again each time it comes.
+    let subscriber = tracing_subscriber::registry().with(layer.with_filter(targets.and(filter_fn(is_discreet))));
     // A second call (tests start several proxies in one process) keeps the first subscriber, and its writer.
     if subscriber.try_init().is_ok() {
         thread::Builder::new().name("log".to_owned()).spawn(|| QUEUE.write_to(io::stderr(), tell_dropped))?;
