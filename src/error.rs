@@ -130,6 +130,12 @@ pub enum ProxyError {
          and raise its limit (`ulimit -n`, or `ulimits: nofile` in Compose) if this happens often"
     )]
     Shortage,
+    /// As many clients are connected as may be.
+    #[error(
+        "the proxy serves as many clients as it may, and none of their connections is idle; try again shortly, and raise its \
+         limit (`ulimit -n`, or `ulimits: nofile` in Compose) if this happens often"
+    )]
+    Full,
     /// The backend broke off in the middle of its answer.
     #[error("backend `{backend}` broke off its answer ({why}); nothing more of it will come")]
     BrokenOff {
@@ -164,7 +170,7 @@ impl ProxyError {
             ProxyError::NoSuchPath { .. } | ProxyError::ModelNotFound { .. } => StatusCode::NOT_FOUND,
             ProxyError::AnswerGone { .. } => StatusCode::NOT_FOUND,
             ProxyError::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Shortage => {
+            ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend | ProxyError::Shortage | ProxyError::Full => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             ProxyError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -207,7 +213,7 @@ impl ProxyError {
             ProxyError::ModelNotFound { .. } => "model_not_found",
             ProxyError::ModelUnavailable { .. } | ProxyError::NoBackend => "model_unavailable",
             ProxyError::Overloaded { .. } => "overloaded",
-            ProxyError::Shortage => "proxy_shortage",
+            ProxyError::Shortage | ProxyError::Full => "proxy_shortage",
             ProxyError::TooLarge { .. } | ProxyError::DecodesTooLarge { .. } => "request_too_large",
             ProxyError::Backend { .. } | ProxyError::BadAnswer { .. } | ProxyError::BrokenOff { .. } => "backend_error",
             ProxyError::BackendTimeout { .. } => "backend_timeout",
@@ -266,6 +272,7 @@ impl ProxyError {
             ProxyError::ModelUnavailable { .. }
             | ProxyError::NoBackend
             | ProxyError::Shortage
+            | ProxyError::Full
             | ProxyError::Overloaded { .. } => {
                 let known = if let ProxyError::Overloaded { retry_after, .. } = self { *retry_after } else { None };
                 // Whole seconds, rounded up: who comes back early comes in vain.
@@ -320,6 +327,7 @@ mod tests {
             (ProxyError::Backend { backend: text(), what: "refused", attempts: 1 }, 502, "backend_error"),
             (ProxyError::BadAnswer { backend: text(), why: "x", attempts: 1 }, 502, "backend_error"),
             (ProxyError::Shortage, 503, "proxy_shortage"),
+            (ProxyError::Full, 503, "proxy_shortage"),
             (ProxyError::BrokenOff { backend: text(), why: text() }, 502, "backend_error"),
             (
                 ProxyError::BackendTimeout { backend: text(), limit: Duration::from_secs(1), knob: "K" },

@@ -6,6 +6,7 @@
 mod h2;
 mod loopback;
 mod places;
+mod reserve;
 
 use std::{
     io,
@@ -113,6 +114,7 @@ struct Worker {
 struct Arrived {
     stream: TcpStream,
     peer: SocketAddr,
+    /// It may be one of the reserve.
     place: Place,
 }
 
@@ -156,7 +158,8 @@ impl Workers {
     /// The listener cannot be waited for.
     pub async fn accept(&self, listener: TcpListener, closing: CancellationToken) -> io::Result<()> {
         let local = loopback::beside(&listener, BACKLOG).into_iter().map(|listener| (listener, true));
-        let lines = local.chain([(listener, false)]);
+        let is_local = listener.local_addr()?.ip().to_canonical().is_loopback();
+        let lines = local.chain([(listener, is_local)]);
         let accepting = lines.map(|(listener, is_local)| self.accept_from(listener, is_local, &closing));
         futures::future::try_join_all(accepting).await.map(|_| ())
     }
@@ -166,18 +169,20 @@ impl Workers {
         loop {
             let next = async {
                 // Others wait in the kernel meanwhile.
-                self.places.room(places::CONNECTION, is_local).await;
+                self.places.room(is_local).await;
                 listener.accept().await
             };
             let Some(accepted) = closing.run_until_cancelled(next).await else { break };
             match accepted {
                 // Back to a plain socket: its worker registers it with its own runtime.
                 Ok((stream, peer)) => match stream.into_std() {
-                    Ok(stream) => self.hand_over(stream, peer).await,
+                    Ok(stream) => self.hand_over(stream, peer, is_local).await,
                     Err(error) => tracing::debug!(%error, "connection lost before it was served"),
                 },
                 Err(error) if is_exhaustion(&error) => {
-                    let given_up = self.places.give_up_idle(Instant::now());
+                    let now = Instant::now();
+                    let given_up = self.places.give_up_idle(now);
+                    self.places.send_guest_away(now, false);
                     tracing::error!(%error, given_up, "cannot accept connections; raise the limit of open files (ulimit -n)");
                     sleep(EXHAUSTED_PAUSE).await;
                 }
@@ -187,11 +192,13 @@ impl Workers {
         }
         let listener = listener.into_std()?;
         for _ in 0..BACKLOG {
-            if self.places.is_full(places::CONNECTION, is_local) {
+            if !self.places.has_room(is_local) {
                 break;
             }
             match listener.accept() {
-                Ok((stream, peer)) if stream.set_nonblocking(true).is_ok() => self.hand_over(stream, peer).await,
+                Ok((stream, peer)) if stream.set_nonblocking(true).is_ok() => {
+                    self.hand_over(stream, peer, is_local).await
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_exhaustion(&error) => break,
                 Ok(_) | Err(_) => {}
             }
@@ -199,12 +206,12 @@ impl Workers {
         Ok(())
     }
 
-    async fn hand_over(&self, stream: TcpStream, peer: SocketAddr) {
+    async fn hand_over(&self, stream: TcpStream, peer: SocketAddr, is_local: bool) {
         let Some(worker) = self.workers.iter().min_by_key(|worker| worker.open.load(Relaxed)) else {
             return;
         };
         worker.open.fetch_add(1, Relaxed);
-        let arrived = Arrived { stream, peer, place: self.places.take(places::CONNECTION) };
+        let arrived = Arrived { stream, peer, place: self.places.admit(is_local) };
         if worker.connections.send(arrived).await.is_err() {
             worker.open.fetch_sub(1, Relaxed);
         }
@@ -247,24 +254,37 @@ async fn work(
 ) {
     let connections = TaskTracker::new();
     // Ends once nobody can hand over any more and everything that was handed over is served.
-    while let Some(Arrived { stream, peer, place }) = incoming.recv().await {
-        let closed = CloseGuard { open: open.clone(), metrics: proxy.metrics().clone(), _place: place };
+    while let Some(Arrived { stream, peer, mut place }) = incoming.recv().await {
+        let closed = CloseGuard { open: open.clone(), metrics: proxy.metrics().clone() };
         closed.metrics.clients_accepted.increment();
         let (proxy, stopper, places) = (proxy.clone(), stopper.clone(), places.clone());
         connections.spawn(async move {
-            serve(stream, peer.ip().to_canonical(), proxy, stopper, places).await;
-            drop(closed);
+            serve(stream, peer.ip().to_canonical(), proxy, stopper, (&places, &mut place)).await;
+            drop((closed, place));
         });
     }
     connections.close();
     connections.wait().await;
 }
 
-/// Serves one connection.
-async fn serve(stream: TcpStream, client_ip: IpAddr, proxy: Arc<Proxy>, stopper: Stopper, places: Arc<Places>) {
-    let mut stream = match adopt(stream) {
+/// Serves one connection, for which `place` has been taken.
+async fn serve(
+    stream: TcpStream,
+    client_ip: IpAddr,
+    proxy: Arc<Proxy>,
+    stopper: Stopper,
+    (places, place): (&Arc<Places>, &mut Place),
+) {
+    let stream = match adopt(stream) {
         Ok(stream) => stream,
         Err(error) => return tracing::debug!(%error, "connection lost before it was served"),
+    };
+    let (mut stream, first) = match place.is_reserved() {
+        false => (stream, None),
+        true => match reserve::serve(stream, client_ip, &proxy, &stopper, (places, place)).await {
+            Some((stream, first)) => (stream, Some(first)),
+            None => return,
+        },
     };
     let now = Instant::now();
     let (seated, young_until) = (places.seat(now), now + FIRST_BYTES_GRACE);
@@ -272,22 +292,29 @@ async fn serve(stream: TcpStream, client_ip: IpAddr, proxy: Arc<Proxy>, stopper:
         stopper.begun().await;
         sleep_until(young_until).await;
     };
+    let read = async {
+        match first {
+            Some(first) => Some(first),
+            None => timeout(proxy.patience().idle, first_bytes(&mut stream, |_| true)).await.ok().flatten(),
+        }
+    };
     let first = tokio::select! {
         biased;
-        first = timeout(proxy.patience().idle, first_bytes(&mut stream)) => first.ok().flatten(),
+        first = read => first,
         () = told_to_end => None,
         () = std::future::poll_fn(|cx| seated.seat.poll_given_up(cx)) => None,
     };
     let Some(first) = first else { return };
     if first.starts_with(HTTP2_PREFACE) {
-        h2::serve(stream, first, proxy, client_ip, stopper, (&seated.seat, &places)).await;
+        h2::serve(stream, first, proxy, client_ip, stopper, (&seated.seat, places)).await;
     } else {
         proxy.serve(stream, first, client_ip, stopper.closing().with_seat(seated.seat.clone())).await;
     }
 }
 
-/// Reads until it is clear whether this is HTTP/2. `None` if the connection ends before.
-async fn first_bytes(stream: &mut tokio::net::TcpStream) -> Option<Vec<u8>> {
+/// Reads until it is clear whether this is HTTP/2, and if it is not, until `is_enough`. `None` if the connection ends
+/// before.
+async fn first_bytes(stream: &mut tokio::net::TcpStream, mut is_enough: impl FnMut(&[u8]) -> bool) -> Option<Vec<u8>> {
     let mut first = Vec::new();
     loop {
         let read = std::future::poll_fn(|cx| {
@@ -303,7 +330,8 @@ async fn first_bytes(stream: &mut tokio::net::TcpStream) -> Option<Vec<u8>> {
             return None;
         }
         let common = first.len().min(HTTP2_PREFACE.len());
-        if common == HTTP2_PREFACE.len() || first[..common] != HTTP2_PREFACE[..common] {
+        let may_be_http2 = first[..common] == HTTP2_PREFACE[..common];
+        if may_be_http2 && common == HTTP2_PREFACE.len() || !may_be_http2 && is_enough(&first) {
             return Some(first);
         }
     }
@@ -312,7 +340,6 @@ async fn first_bytes(stream: &mut tokio::net::TcpStream) -> Option<Vec<u8>> {
 struct CloseGuard {
     open: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
-    _place: Place,
 }
 
 impl Drop for CloseGuard {

@@ -145,6 +145,8 @@ pub struct Closing {
     is_watched: bool,
     /// The connection's room may be needed while it is idle.
     seat: Option<Arc<Seat>>,
+    /// It ends with its first exchange.
+    is_after_one: bool,
 }
 
 // === impl Client ===
@@ -167,6 +169,11 @@ impl<S: Transport> Client<S> {
             turn: None,
             has_stalled: false,
         }
+    }
+
+    /// The connection carries one request.
+    pub fn is_for_one(&self) -> bool {
+        self.closing.is_after_one
     }
 
     // --- reading ---
@@ -558,12 +565,17 @@ impl Deadline {
 impl Closing {
     /// `has_begun` is set before `signal` resolves.
     pub fn new(has_begun: Arc<AtomicBool>, signal: WaitForCancellationFutureOwned) -> Closing {
-        Closing { has_begun, signal: Box::pin(signal), is_watched: false, seat: None }
+        Closing { has_begun, signal: Box::pin(signal), is_watched: false, seat: None, is_after_one: false }
     }
 
     /// The same for a connection that also ends when it is idle and its seat is needed.
     pub fn with_seat(self, seat: Arc<Seat>) -> Closing {
         Closing { seat: Some(seat), ..self }
+    }
+
+    /// The same for a connection that carries one request.
+    pub fn after_one(self) -> Closing {
+        Closing { is_after_one: true, ..self }
     }
 
     fn is_idle(&self, now: Instant) {

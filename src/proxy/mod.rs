@@ -212,18 +212,47 @@ impl Proxy {
         }
     }
 
-    /// Serves one request.
-    async fn exchange<S: Transport>(&self, client: &mut Client<S>, head: &RequestHead, client_ip: IpAddr) -> After {
-        let id = RequestId::of(head);
-        let asked = Asked {
+    /// Answers the request in `first` with this error, and ends the connection.
+    pub async fn refuse<S: Transport>(
+        &self,
+        io: S,
+        first: Vec<u8>,
+        client_ip: IpAddr,
+        closing: Closing,
+        error: &ProxyError,
+    ) {
+        let mut client = Client::new(io, first, self.patience, closing.after_one());
+        let mut head = RequestHead::default();
+        let Next::Request = client.next(&mut head).await else { return client.abort(false) };
+        let id = RequestId::of(&head);
+        let asked = self.asked(&head, &id, client_ip, true);
+        self.answer_by_itself(&mut client, &asked, &self.reject(error, asked.dialect)).await;
+        client.close().await;
+    }
+
+    /// A request with what its head says.
+    fn asked<'r>(
+        &'r self,
+        head: &'r RequestHead,
+        id: &'r RequestId<'r>,
+        client_ip: IpAddr,
+        is_only_one: bool,
+    ) -> Asked<'r> {
+        Asked {
             head,
-            id: &id,
+            id,
             client_ip,
             dialect: dialect(head.path(), &head.lines),
             cross_origin: self.cors.says(&head.lines),
             // Whoever keeps a connection while the proxy shuts down would lose the request it sends just when it is closed.
-            keeps_alive: head.wants_keep_alive() && !self.admin.stopping.load(Ordering::Relaxed),
-        };
+            keeps_alive: head.wants_keep_alive() && !is_only_one && !self.admin.stopping.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Serves one request.
+    async fn exchange<S: Transport>(&self, client: &mut Client<S>, head: &RequestHead, client_ip: IpAddr) -> After {
+        let id = RequestId::of(head);
+        let asked = self.asked(head, &id, client_ip, client.is_for_one());
         let no_path = |message: &str| {
             let error = ProxyError::NoSuchPath { message: message.to_owned() };
             self.reject(&error, asked.dialect)
