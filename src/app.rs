@@ -21,20 +21,24 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    admin::{Admin, live::Live},
-    config::{Balance, Config},
-    discovery::Discovery,
-    listen::{self, Workers},
-    proxy::Proxy,
-    registry::Registry,
-    report::Reporter,
-    scrape,
-    table::{self, TableReader},
+    base::{
+        config::{Balance, Config},
+        vital::{self, Ended, Ends},
+    },
+    control::{discovery::Discovery, registry::Registry, scrape},
+    data::{
+        listen::{self, Workers},
+        proxy::Proxy,
+    },
+    observe::{
+        pages::{Admin, live::Live},
+        report::Reporter,
+    },
+    pool::table::{self, TableReader},
     telemetry::{
         metrics::Metrics,
         otlp::{Otlp, OtlpError, OtlpReport},
     },
-    vital::{self, Ended, Ends},
 };
 
 /// Questions to the registry on their way.

@@ -5,12 +5,11 @@ use std::{io::IsTerminal as _, process::ExitCode};
 use futures::FutureExt as _;
 use inference_proxy::{
     app::App,
-    cli::{self, Call},
-    commands,
-    config::{Config, Warning},
+    base::config::{Config, Warning},
+    cli::{self, Call, commands},
+    control::discovery::docker::DockerDiscovery,
     demo,
-    discovery::docker::DockerDiscovery,
-    status::text::Look,
+    observe::status::text::Look,
     telemetry::log,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};

@@ -15,8 +15,8 @@ use std::{
 
 use super::{http_server::HttpMetrics, operation::Operation, otlp::Tracing};
 use crate::{
-    error::ProxyError,
-    scan::{Finish, Usage},
+    base::error::ProxyError,
+    wire::scan::{Finish, Usage},
 };
 
 /// A number that only grows.

@@ -4,8 +4,8 @@
 use std::{alloc::System, num::NonZeroU32, time::Duration};
 
 use inference_proxy::{
-    balance::{Wanted, claim},
-    config::Balance,
+    base::config::Balance,
+    data::balance::{Wanted, claim},
 };
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use tokio::time::Instant;

@@ -16,12 +16,12 @@ use std::{
 };
 
 use inference_proxy::{
-    backend::Member,
-    balance::{
+    base::config::Balance,
+    data::balance::{
         Wanted, claim,
         policy::{Request, pick},
     },
-    config::Balance,
+    pool::backend::Member,
 };
 use sim::{Mix, Prefill, Rule, Scenario, Seen, capacity, jobs, quantile, run};
 use tokio::time::Instant;

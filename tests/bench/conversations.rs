@@ -12,8 +12,8 @@ use std::{
 };
 
 use inference_proxy::{
-    affinity::{Affinity, Candidate, Preference},
-    scan::{ModelScanner, Prompt, PromptSeed},
+    data::affinity::{Affinity, Candidate, Preference},
+    wire::scan::{ModelScanner, Prompt, PromptSeed},
 };
 
 /// What is simulated.

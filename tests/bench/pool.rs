@@ -2,7 +2,7 @@
 
 use std::{num::NonZeroU32, sync::Arc, time::Duration};
 
-use inference_proxy::backend::{Backend, BackendSpec, Member, Model};
+use inference_proxy::pool::backend::{Backend, BackendSpec, Member, Model};
 use tokio::time::Instant;
 
 /// So many members with one model, new at `now`; `limits` gives the weight of each and how many requests it takes.

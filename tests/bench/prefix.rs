@@ -8,8 +8,8 @@ use std::{hint::black_box, time::Instant};
 
 use conversations::{Mix, Policy};
 use inference_proxy::{
-    affinity::{Affinity, Candidate, Preference},
-    scan::{ModelScanner, PromptSeed},
+    data::affinity::{Affinity, Candidate, Preference},
+    wire::scan::{ModelScanner, PromptSeed},
 };
 
 /// Conversations as a handful of applications have them, on replicas that are half busy.

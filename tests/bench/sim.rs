@@ -20,9 +20,9 @@ use std::{
 };
 
 use inference_proxy::{
-    balance::policy::{Candidate, Request, pick},
-    config::Balance,
-    latency::{Awaited, Pace},
+    base::config::Balance,
+    data::balance::policy::{Candidate, Request, pick},
+    pool::latency::{Awaited, Pace},
 };
 use tokio::time::Instant;
 

@@ -4,8 +4,8 @@
 use std::{cmp::Reverse, collections::BinaryHeap, sync::atomic::AtomicUsize, time::Duration};
 
 use inference_proxy::{
-    balance::policy::{Request, pick},
-    config::Balance,
+    base::config::Balance,
+    data::balance::policy::{Request, pick},
 };
 use tokio::time::Instant;
 
@@ -104,7 +104,7 @@ fn closed_loop(
     while let Some(Reverse((at, client, ends))) = events.pop() {
         let now = born + at;
         if ends {
-            let (index, awaited): (usize, inference_proxy::latency::Awaited) = open[client].take().unwrap();
+            let (index, awaited): (usize, inference_proxy::pool::latency::Awaited) = open[client].take().unwrap();
             awaited.answered(now);
             replicas[index].in_flight -= 1;
             events.push(Reverse((at + pause, client, false)));

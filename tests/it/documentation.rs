@@ -7,10 +7,9 @@ use std::{
 
 use http::StatusCode;
 use inference_proxy::{
-    breaker::Outcome,
-    error::ProxyError,
-    proxy::failure::{self, Action, Left, Lesson, Stage, What},
-    upstream::ConnectError,
+    base::error::ProxyError,
+    data::proxy::failure::{self, Action, Left, Lesson, Stage, What},
+    pool::{breaker::Outcome, upstream::ConnectError},
 };
 
 /// The cells of the rows whose first cell begins with a code word, below this heading.

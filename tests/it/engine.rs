@@ -12,7 +12,7 @@ use futures::{
     StreamExt as _,
     stream::{self, BoxStream},
 };
-use inference_proxy::discovery::{Change, Discovery, DiscoveryError, Looks};
+use inference_proxy::control::discovery::{Change, Discovery, DiscoveryError, Looks};
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -131,7 +131,7 @@ async fn a_container_that_may_take_for_ever_to_stop_holds_up_nothing_else() {
 /// The longest times that are accepted, everywhere at once, and requests of every kind that they bear on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_longest_times_that_can_be_set_work() {
-    let names = inference_proxy::config::KNOBS.iter().map(|knob| knob.name);
+    let names = inference_proxy::base::config::KNOBS.iter().map(|knob| knob.name);
     let times: Vec<(&str, &str)> = names
         .filter(|name| name.starts_with("PROXY_") && !matches!(*name, "PROXY_SETTLE" | "PROXY_DRAIN_TIMEOUT"))
         .filter(|name| name.ends_with("_TIMEOUT") || name.ends_with("_REFRESH") || name.ends_with("_GRACE"))

@@ -429,7 +429,7 @@ fn panicking_process() {
     if std::env::var(PANICKING).is_err() {
         return;
     }
-    inference_proxy::telemetry::log::init("info", Some(inference_proxy::config::LogFormat::Text)).unwrap();
+    inference_proxy::telemetry::log::init("info", Some(inference_proxy::base::config::LogFormat::Text)).unwrap();
     inference_proxy::telemetry::log::report_panics();
     tracing::info!("before");
     let panicked = std::thread::Builder::new().name("worker-7".to_owned()).spawn(|| panic!("on purpose")).unwrap();

@@ -39,7 +39,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::OtlpError;
-use crate::config::otlp::{Collector, Protocol};
+use crate::base::config::otlp::{Collector, Protocol};
 
 /// Collectors answer with a few bytes.
 const ANSWER_BYTES_MAX: usize = 64 * 1024;

@@ -38,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{client::CollectorClient, report::text_attribute};
 pub use self::{report::OtlpReport, spans::Tracing};
-use crate::config::otlp::{Metrics, OtlpSettings, Traces};
+use crate::base::config::otlp::{Metrics, OtlpSettings, Traces};
 
 /// Who makes these spans and metrics.
 const SCOPE: &str = "inference-proxy";
@@ -84,7 +84,7 @@ impl Otlp {
     pub fn start(settings: &OtlpSettings, runtime: &Handle) -> Result<Otlp, OtlpError> {
         let (ending, closing) = (CancellationToken::new(), CancellationToken::new());
         let resource = resource(&settings.resource);
-        let client = |what, collector: &crate::config::otlp::Collector| {
+        let client = |what, collector: &crate::base::config::otlp::Collector| {
             CollectorClient::new(what, collector.clone(), runtime.clone(), closing.clone())
         };
         let provider = match &settings.traces {

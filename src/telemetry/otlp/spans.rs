@@ -9,7 +9,7 @@ use opentelemetry::{
 use opentelemetry_sdk::trace::{SdkTracer, Span};
 
 use super::SCOPE;
-use crate::config::otlp::Sampler;
+use crate::base::config::otlp::Sampler;
 
 /// What makes spans. Cheap to clone.
 #[derive(Debug, Clone)]

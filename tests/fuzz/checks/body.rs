@@ -6,9 +6,11 @@
 use std::io::IoSlice;
 
 use inference_proxy::{
-    http1::body::{BodyDecoder, Framing, FramingError, LAST_CHUNK},
-    replay::{BodyFault, BodyLimits, Cursor, Replay},
-    scan::{ModelScanner, ScanError},
+    data::replay::{BodyFault, BodyLimits, Cursor, Replay},
+    wire::{
+        http1::body::{BodyDecoder, Framing, FramingError, LAST_CHUNK},
+        scan::{ModelScanner, ScanError},
+    },
 };
 
 use super::{Dice, arrivals, scan};

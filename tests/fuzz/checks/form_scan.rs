@@ -2,7 +2,7 @@
 //!
 //! An input is a line with the Content-Type, which ends in LF or CR LF, and the body behind it.
 
-use inference_proxy::scan::{ModelScanner, ScanError};
+use inference_proxy::wire::scan::{ModelScanner, ScanError};
 
 use super::{Model, arrivals, expected, scan};
 

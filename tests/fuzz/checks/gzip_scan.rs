@@ -3,7 +3,7 @@
 use std::io::Read as _;
 
 use flate2::read::MultiGzDecoder;
-use inference_proxy::scan::{ModelScanner, ScanError};
+use inference_proxy::wire::scan::{ModelScanner, ScanError};
 
 use super::{arrivals, scan};
 

@@ -2,15 +2,15 @@
 
 use http::{Method, StatusCode};
 use inference_proxy::{
-    error::Dialect,
-    http1::{
+    base::error::Dialect,
+    data::proxy::{
+        cors::CrossOrigin,
+        headers::{Common, Delivery, Persistence, ToBackend, ToClient, push_interim, push_request, push_response},
+    },
+    wire::http1::{
         body::Framing,
         head::{HEAD_BYTES_MAX, HeadEnd, HeadError, Header, RequestHead, ResponseHead, Version},
         own_address::{Concealed, OwnAddress},
-    },
-    proxy::{
-        cors::CrossOrigin,
-        headers::{Common, Delivery, Persistence, ToBackend, ToClient, push_interim, push_request, push_response},
     },
 };
 

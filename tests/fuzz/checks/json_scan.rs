@@ -1,6 +1,6 @@
 //! The scanner for JSON bodies against `serde_json`.
 
-use inference_proxy::scan::{ModelScanner, ScanError};
+use inference_proxy::wire::scan::{ModelScanner, ScanError};
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use inference_proxy::labels::{self, KNOWN, LabelSpec, Labels, Opted};
+use inference_proxy::control::labels::{self, KNOWN, LabelSpec, Labels, Opted};
 
 /// Checks the labels of one container.
 pub fn check(input: &[u8]) {

@@ -14,7 +14,7 @@ pub mod labels;
 pub mod paths;
 pub mod usage;
 
-use inference_proxy::scan::{ModelScanner, ScanError};
+use inference_proxy::wire::scan::{ModelScanner, ScanError};
 
 /// A target by its name, which is also that of its file and of the folder with its seeds.
 pub type Target = (&'static str, fn(&[u8]));
@@ -87,7 +87,7 @@ fn scan(mut scanner: ModelScanner, pieces: &[&[u8]]) -> Result<(String, Option<S
         Ok(()) => {
             let model = scanner.model().expect("a scanner that finished must know the model").to_owned();
             assert!(told.is_none_or(|told| told == model), "the model changed at the end");
-            assert!(!model.is_empty() && model.len() <= inference_proxy::scan::MODEL_LIMIT_BYTES, "{model:?}");
+            assert!(!model.is_empty() && model.len() <= inference_proxy::wire::scan::MODEL_LIMIT_BYTES, "{model:?}");
             Ok((model, scanner.continues().map(str::to_owned)))
         }
         Err(error) => {
@@ -114,7 +114,7 @@ enum Model {
 
 /// What a scanner has to say of a body in which another reader found these values of `model`, in their order.
 fn expected(models: impl IntoIterator<Item = Model>, may_be_none: bool) -> Result<String, ScanError> {
-    use inference_proxy::scan::{MODEL_LIMIT_BYTES, MODEL_SHOWN_CHARS};
+    use inference_proxy::wire::scan::{MODEL_LIMIT_BYTES, MODEL_SHOWN_CHARS};
     let mut said: Option<String> = None;
     for model in models {
         let (model, error) = match model {

@@ -4,11 +4,11 @@
 
 use http::Method;
 use inference_proxy::{
-    http1::head::RequestHead,
-    proxy::{
+    data::proxy::{
         headers::{ToBackend, push_request},
         paths::{self, Target},
     },
+    wire::http1::head::RequestHead,
 };
 
 /// Checks a request line.

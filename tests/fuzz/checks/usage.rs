@@ -2,7 +2,7 @@
 //!
 //! An input is an answer's payload. It is read as every kind of answer: what is no such answer must do no harm.
 
-use inference_proxy::scan::{AnswerKind, Usage, UsageTap};
+use inference_proxy::wire::scan::{AnswerKind, Usage, UsageTap};
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::arrivals;

@@ -18,8 +18,8 @@ use futures::{
 };
 use inference_proxy::{
     app::App,
-    config::{Config, DockerEndpoint},
-    discovery::{
+    base::config::{Config, DockerEndpoint},
+    control::discovery::{
         Change, Discovery, DiscoveryError, Looks,
         docker::DockerDiscovery,
         fixed::{self, EndpointBuilder, FixedHandle},
@@ -30,7 +30,7 @@ use tokio::{
     process::{Child, ChildStdout, Command},
 };
 
-pub(crate) use inference_proxy::discovery::Health;
+pub(crate) use inference_proxy::control::discovery::Health;
 
 use super::{
     client::{Answer, Client, Request},

@@ -1,0 +1,878 @@
+//! Discovery on a Docker Engine (or Podman's socket): subscribe, list, look, and follow; and begin again whenever the
+//! engine, the socket or a proxy in between loses the thread.
+//!
+//! What the code relies on, learnt from engines:
+//! * The reader of the event stream only reads: a stalled reader slows the engine down and loses events.
+//! * A subscription starts before the list and overlaps with the one before it, so nothing falls between. Replays are
+//!   recognised and dropped.
+//! * "Told to stop" is visible in the `kill` event only, never in `inspect`. It is kept per container until a look at that
+//!   container tells which run it was about.
+//! * Everything else is read from `inspect`, which may block for seconds: looks run beside the loop, and one that an event
+//!   has overtaken is thrown away and repeated.
+//! * The list is compared every 30 s whatever the events say; a difference means that the stream is not to be trusted.
+//!
+//! Three GETs are used: `events`, `containers/json` and `containers/{id}/json`; over TLS, `version` as well. `engine` asks
+//! them, `answers` reads them.
+
+mod answers;
+mod engine;
+mod event;
+mod inspect;
+mod locate;
+mod place;
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{
+    FutureExt as _, StreamExt as _,
+    future::BoxFuture,
+    stream::{BoxStream, FuturesUnordered},
+};
+use time::OffsetDateTime;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::DropGuard;
+
+use self::{
+    answers::{Listed, Summary},
+    engine::{Engine, Heard},
+    event::{Kind, Notice, Seen},
+    inspect::{Context, Inspected, Shared},
+    locate::locate,
+};
+use super::{
+    Change, Discovery, DiscoveryError, Endpoint, Looks, Obstacle, Phase, network::Vantage, signal::is_stop_notice,
+};
+use crate::{
+    base::config::DockerEndpoint,
+    telemetry::metrics::{Metrics, PerWord},
+};
+
+/// Looks at a time, without those that wait aside.
+const LOOKS_MAX: usize = 8;
+/// How long a look may take before it waits aside, so that it delays no other: an engine answers within milliseconds, unless
+/// the container is locked.
+const LOOK_PATIENCE: Duration = Duration::from_millis(100);
+/// Looks that wait aside; each is a connection to the engine.
+const ASIDE_MAX: usize = 256;
+/// How long an engine may take to tell a new subscription what the list has shown, before its stream counts as silent.
+const STREAM_PATIENCE: Duration = Duration::from_secs(3);
+/// Containers that are named in a note.
+const NAMED_MAX: usize = 5;
+/// How often the list is compared, whatever the events say.
+const RESYNC: Duration = Duration::from_secs(30);
+/// How often Podman is listed: it tells of a stop neither by an event nor by a signal, but only by leaving the container out
+/// of the list while that goes on.
+const GLANCE: Duration = Duration::from_secs(1);
+/// Waits between attempts to reach the engine: doubling from the first to the second.
+const RECONNECT_MIN: Duration = Duration::from_millis(100);
+const RECONNECT_MAX: Duration = Duration::from_secs(5);
+/// How long API versions are not tried again after none of them worked.
+const VERSIONS_AGAIN: Duration = Duration::from_secs(30);
+/// How far back the first subscription reaches: far enough for the stop notice of any container that is still stopping.
+const LOOK_BACK: Duration = Duration::from_secs(60);
+/// How far later subscriptions reach back before the newest event seen; the engine may deliver slightly out of order.
+const OVERLAP: Duration = Duration::from_secs(1);
+/// How long after a subscription what happened before it may still be told.
+const REPLAYED_WITHIN: Duration = engine::ANSWER_TIMEOUT;
+/// A longer lag of an event says nothing but that clocks differ.
+const LAG_MAX: Duration = Duration::from_secs(3_600);
+/// Most containers followed.
+const CONTAINERS_MAX: usize = 1000;
+
+/// Discovery by a Docker Engine.
+#[derive(Debug)]
+pub struct DockerDiscovery {
+    endpoint: DockerEndpoint,
+    default_network: Option<String>,
+    own_ports: Vec<u16>,
+    metrics: Option<Arc<Metrics>>,
+    /// This machine's time, nanoseconds since 1970.
+    clock: fn() -> i64,
+}
+
+impl DockerDiscovery {
+    /// Discovery by the engine at `endpoint`. `default_network` applies where a container names none; `own_ports` are those
+    /// the proxy listens on, so that it cannot become its own backend.
+    pub fn new(endpoint: DockerEndpoint, default_network: Option<String>, own_ports: Vec<u16>) -> DockerDiscovery {
+        DockerDiscovery { endpoint, default_network, own_ports, metrics: None, clock: wall_nanos }
+    }
+}
+
+/// This machine's time, nanoseconds since 1970.
+fn wall_nanos() -> i64 {
+    i64::try_from(OffsetDateTime::now_utc().unix_timestamp_nanos()).unwrap_or(i64::MAX)
+}
+
+impl Discovery for DockerDiscovery {
+    fn name(&self) -> &'static str {
+        "docker"
+    }
+
+    fn count_in(&mut self, metrics: &Arc<Metrics>) {
+        metrics.discovery.events.get_or_init(|| PerWord::new(event::COUNTED));
+        self.metrics = Some(metrics.clone());
+    }
+
+    fn changes(self: Box<Self>, looks: Looks) -> BoxStream<'static, Result<Change, DiscoveryError>> {
+        futures::stream::unfold(Watcher::new(*self, looks), |mut watcher| async move {
+            let change = watcher.next().await;
+            Some((change, watcher))
+        })
+        .boxed()
+    }
+}
+
+/// What is known of one container.
+#[derive(Debug, Default)]
+struct Track {
+    /// Grows with every event: a look that began before is stale.
+    heard: u64,
+    /// A signal that may have been a stop notice, until a look tells.
+    signalled: Option<Signalled>,
+    seen: Option<Inspected>,
+    /// What the last list that named it said.
+    summary: Option<Summary>,
+    endpoint: Option<Endpoint>,
+    look: Look,
+    /// Why the last look brought nothing.
+    trouble: Option<String>,
+    /// The endpoint is what the list says, because no look has brought anything.
+    is_unreadable: bool,
+    /// The last list lacks it, and no event has told of it since.
+    is_unlisted: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Signalled {
+    signal: Option<u8>,
+    time_nanos: i64,
+    /// It was told because it happened before the subscription, so it may be about an earlier run.
+    is_replay: bool,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    #[default]
+    Idle,
+    Queued,
+    UnderWay,
+}
+
+/// What a task beside the loop brings back.
+enum Finished {
+    /// A look at a container; `None` if there is no such container.
+    Looked { id: String, heard: u64, serial: u64, outcome: Result<Option<Inspected>, String> },
+    /// A look has taken so long that it waits aside.
+    Aside { id: String, serial: u64 },
+    /// The list of labelled containers that run, where the proxy itself stands, and the engine that works.
+    Listed { listed: Result<Listed, DiscoveryError>, context: Option<Context>, engine: Engine },
+    /// The list alone, to see what is missing from it.
+    Glanced(Result<Listed, DiscoveryError>),
+}
+
+struct Watcher {
+    settings: DockerDiscovery,
+    looks: Looks,
+    engine: Option<Engine>,
+    /// The API version that has to stand before paths, such as `/v1.44`; `None` if none has to.
+    version: Option<String>,
+    /// When API versions are tried again, if paths are still refused.
+    versions_at: Instant,
+    context: Context,
+    tracks: HashMap<String, Track>,
+    to_look: VecDeque<String>,
+    /// Looks that are under way and not aside, by number.
+    looking: HashSet<u64>,
+    aside: usize,
+    looks_begun: u64,
+    /// Containers beyond [`CONTAINERS_MAX`] in the last list.
+    left_out: usize,
+    /// The stream has brought something since it was begun.
+    stream_spoke: bool,
+    /// When it counts as silent, because the list knows what it has not told.
+    doubt_at: Option<Instant>,
+    is_silent: bool,
+    notes: Vec<Obstacle>,
+    seen: Seen,
+    heard: Option<(mpsc::Receiver<Heard>, DropGuard)>,
+    work: FuturesUnordered<BoxFuture<'static, Finished>>,
+    listing: bool,
+    /// Containers of the last list that have not been looked at yet; a [`Change::Reset`] follows when there are none.
+    outstanding: Option<HashSet<String>>,
+    list_at: Instant,
+    /// When the list alone is asked for, of an engine that tells some things by nothing else.
+    glance_at: Instant,
+    glancing: bool,
+    retry: Duration,
+    subscribed_at: Instant,
+    /// The same by this machine's time.
+    subscribed_nanos: i64,
+    stream_retry: Duration,
+    out: VecDeque<Result<Change, DiscoveryError>>,
+    synced_once: bool,
+    told_unreadable: bool,
+    /// When watching began, nanoseconds since 1970.
+    began_nanos: i64,
+}
+
+// === impl Watcher ===
+
+impl Watcher {
+    fn new(settings: DockerDiscovery, looks: Looks) -> Watcher {
+        let context = Context {
+            vantage: Vantage::Host { on_link: Vec::new() },
+            self_id: None,
+            default_network: settings.default_network.clone(),
+            own_ports: settings.own_ports.clone(),
+            shared: None,
+            own_published: Vec::new(),
+            is_placed: false,
+        };
+        let began_nanos = (settings.clock)();
+        Watcher {
+            settings,
+            looks,
+            engine: None,
+            version: None,
+            versions_at: Instant::now(),
+            context,
+            tracks: HashMap::new(),
+            to_look: VecDeque::new(),
+            looking: HashSet::new(),
+            aside: 0,
+            looks_begun: 0,
+            left_out: 0,
+            stream_spoke: false,
+            doubt_at: None,
+            is_silent: false,
+            notes: Vec::new(),
+            seen: Seen::default(),
+            heard: None,
+            work: FuturesUnordered::new(),
+            listing: false,
+            outstanding: None,
+            list_at: Instant::now(),
+            glance_at: Instant::now(),
+            glancing: false,
+            retry: RECONNECT_MIN,
+            subscribed_at: Instant::now(),
+            subscribed_nanos: began_nanos,
+            stream_retry: RECONNECT_MIN,
+            out: VecDeque::new(),
+            synced_once: false,
+            told_unreadable: false,
+            began_nanos,
+        }
+    }
+
+    async fn next(&mut self) -> Result<Change, DiscoveryError> {
+        loop {
+            self.take_notes();
+            if let Some(change) = self.out.pop_front() {
+                return change;
+            }
+            let doubt_at = self.doubt_at;
+            let doubt = async move {
+                match doubt_at {
+                    Some(at) => sleep_until(at).await,
+                    None => futures::future::pending().await,
+                }
+            };
+            self.start_looks();
+            // A list that looks have not caught up with yet is not replaced, unless the stream must be begun again.
+            let may_list = !self.listing && (self.outstanding.is_none() || self.heard.is_none());
+            let is_podman = self.engine.as_ref().is_some_and(Engine::is_podman);
+            let may_glance = is_podman && self.synced_once && !self.listing && !self.glancing;
+            let heard = async {
+                match &mut self.heard {
+                    Some((heard, _)) => heard.recv().await,
+                    None => futures::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                // Events first: a stop notice must not wait for anything.
+                heard = heard => self.on_heard(heard),
+                Some(finished) = self.work.next(), if !self.work.is_empty() => match finished {
+                    Finished::Looked { id, heard, serial, outcome } => self.on_looked(id, heard, serial, outcome),
+                    Finished::Aside { id, serial } => self.on_aside(&id, serial),
+                    Finished::Listed { listed, context, engine } => self.on_listed(listed, context, engine),
+                    Finished::Glanced(listed) => self.on_glanced(listed),
+                },
+                Some(id) = self.looks.recv() => self.look_at(&id),
+                () = sleep_until(self.list_at), if may_list => self.begin_list(),
+                () = sleep_until(self.glance_at), if may_glance => self.begin_glance(),
+                () = doubt => {
+                    self.doubt_at = None;
+                    self.is_silent = true;
+                    self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
+                }
+            }
+        }
+    }
+
+    fn on_heard(&mut self, heard: Option<Heard>) {
+        if matches!(heard, Some(Heard::Notice(_) | Heard::Unreadable(_) | Heard::Other | Heard::Overflow)) {
+            self.stream_spoke = true;
+            self.doubt_at = None;
+            self.is_silent = false;
+        }
+        match heard {
+            Some(Heard::Notice(notice)) => self.on_notice(notice),
+            Some(Heard::Unreadable(time_nanos)) => self.on_unreadable(time_nanos),
+            Some(Heard::Other) => {}
+            Some(Heard::Overflow) => self.on_overflow(),
+            Some(Heard::Over(error)) => self.on_stream_over(error),
+            // Its reader has ended without a word.
+            None => {
+                let what = "the reader of the event stream has ended".to_owned();
+                self.on_stream_over(DiscoveryError { what, advice: "it is begun again".to_owned() });
+            }
+        }
+    }
+
+    /// Connects if need be, subscribes if need be, and asks for the list.
+    fn begin_list(&mut self) {
+        if self.engine.is_none() {
+            match Engine::connect(&self.settings.endpoint, self.version.as_deref()) {
+                Ok(engine) => self.engine = Some(engine),
+                Err(error) => return self.fail(error),
+            }
+        }
+        let Some(engine) = self.engine.clone() else { return };
+        if self.heard.is_none() {
+            self.subscribe(&engine);
+        }
+        self.listing = true;
+        // Set before the list is asked for: what asks for another one meanwhile must not be forgotten when it is there.
+        let wait = if self.is_silent { RECONNECT_MAX } else { RESYNC };
+        self.list_at = Instant::now() + wait.mul_f64(0.9 + 0.2 * fastrand::f64());
+        let context = self.context.clone();
+        let may_try = self.versions_at <= Instant::now();
+        if may_try {
+            self.versions_at = Instant::now() + VERSIONS_AGAIN;
+        }
+        self.work.push(list(engine, may_try, context, (self.settings.clock)()).boxed());
+    }
+
+    fn begin_glance(&mut self) {
+        let Some(engine) = self.engine.clone() else { return };
+        self.glance_at = Instant::now() + GLANCE;
+        self.glancing = true;
+        self.work.push(async move { Finished::Glanced(engine.list().await) }.boxed());
+    }
+
+    /// Looks at the containers that the list has, or lacks, against what is known of them; at no others.
+    fn on_glanced(&mut self, listed: Result<Listed, DiscoveryError>) {
+        self.glancing = false;
+        // An engine that cannot be listed is told of by the whole list, which is asked for less often.
+        let Ok(listed) = listed else { return };
+        let summaries: HashMap<&str, &Summary> = listed.containers.iter().map(|s| (s.id.as_str(), s)).collect();
+        let mut to_look: Vec<String> =
+            self.tracks.keys().filter(|id| !summaries.contains_key(id.as_str())).cloned().collect();
+        for summary in &listed.containers {
+            let is_ending = matches!(summary.state.as_deref(), Some("stopping" | "stopped"));
+            let is_known = match self.tracks.get(&summary.id) {
+                Some(track) => track.endpoint.is_some() && !is_ending,
+                None => self.tracks.len() >= CONTAINERS_MAX,
+            };
+            if !is_known {
+                self.tracks.entry(summary.id.clone()).or_default().summary = Some(summary.clone());
+                to_look.push(summary.id.clone());
+            }
+        }
+        for id in to_look {
+            self.look_at(&id);
+        }
+    }
+
+    /// The engine cannot be asked: say so and try again later. What is known stays.
+    fn fail(&mut self, error: DiscoveryError) {
+        self.engine = None;
+        self.heard = None;
+        self.outstanding = None;
+        let jitter = Duration::from_millis(fastrand::u64(0..=50));
+        self.list_at = Instant::now() + self.retry + jitter;
+        self.retry = (self.retry * 2).min(RECONNECT_MAX);
+        self.out.push_back(Err(error));
+    }
+
+    /// `since` for a subscription, as the engine reads it: seconds, a dot, nanoseconds.
+    fn since(&self) -> String {
+        let (newest, back) = match self.seen.newest_nanos {
+            Some(newest) => (newest, OVERLAP),
+            None => ((self.settings.clock)(), LOOK_BACK),
+        };
+        let nanos = (i128::from(newest) - i128::try_from(back.as_nanos()).unwrap_or(0)).max(0);
+        format!("{}.{:09}", nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000))
+    }
+
+    fn subscribe(&mut self, engine: &Engine) {
+        self.subscribed_at = Instant::now();
+        self.subscribed_nanos = (self.settings.clock)();
+        self.stream_spoke = false;
+        self.heard = Some(engine.subscribe(&self.since()));
+    }
+
+    /// Streams end: socket proxies cut them every few minutes, engines restart. Begin again at once; one that never lasts
+    /// is begun again at growing intervals, with a list each time, so that discovery goes on without events.
+    fn on_stream_over(&mut self, error: DiscoveryError) {
+        tracing::debug!(%error, "event stream is over, subscribing again");
+        self.heard = None;
+        if self.subscribed_at.elapsed() >= RECONNECT_MAX {
+            self.stream_retry = RECONNECT_MIN;
+            self.list_at = Instant::now();
+            return;
+        }
+        self.list_at = Instant::now() + self.stream_retry;
+        self.stream_retry = (self.stream_retry * 2).min(RECONNECT_MAX);
+        if self.stream_retry >= RECONNECT_MAX {
+            self.out.push_back(Err(error));
+        }
+    }
+
+    /// Events were lost here. The list tells most of what they said, but no stop notice: the engine is asked again for
+    /// those.
+    fn on_overflow(&mut self) {
+        self.list_at = Instant::now();
+        if let Some(engine) = self.engine.clone() {
+            self.subscribe(&engine);
+        }
+    }
+
+    /// An event cannot be read: it is skipped, and the list tells what it said.
+    fn on_unreadable(&mut self, time_nanos: Option<i64>) {
+        if let Some(time_nanos) = time_nanos {
+            self.seen.pass(time_nanos, (self.settings.clock)());
+        }
+        if let Some(events) = self.settings.metrics.as_ref().and_then(|metrics| metrics.discovery.events.get()) {
+            events.increment(event::UNREADABLE);
+        }
+        if !self.told_unreadable {
+            self.told_unreadable = true;
+            tracing::warn!("an event of the engine cannot be read and is skipped; more of them are only counted");
+        }
+        self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
+    }
+
+    fn on_notice(&mut self, notice: Notice) {
+        let now_nanos = (self.settings.clock)();
+        if !self.seen.is_new(&notice, now_nanos) {
+            return;
+        }
+        self.count(&notice);
+        let Notice { id, mut kind, time_nanos, labelled, action } = notice;
+        let is_replay = time_nanos < self.subscribed_nanos && self.subscribed_at.elapsed() < REPLAYED_WITHIN;
+        // What happened before this process began may be long over, and no look could tell: a pause, for one. Only a stop
+        // notice still counts, because no look shows it.
+        if is_replay && time_nanos < self.began_nanos && !matches!(kind, Kind::Signalled(_) | Kind::Ended) {
+            kind = Kind::Changed;
+        }
+        if self.context.self_id.as_deref() == Some(id.as_str()) {
+            // Our own networks may have changed, and with them every address.
+            self.list_at = Instant::now();
+        }
+        self.look_at_dependents(&id);
+        if !self.tracks.contains_key(&id) {
+            if !labelled {
+                return;
+            }
+            if self.tracks.len() >= CONTAINERS_MAX {
+                // The list tells how many are too many.
+                self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
+                return;
+            }
+            self.tracks.insert(id.clone(), Track::default());
+        }
+        let Some(track) = self.tracks.get_mut(&id) else { return };
+        if is_replay && track.seen.as_ref().is_some_and(|seen| is_before(time_nanos, seen, now_nanos)) {
+            return; // about an earlier run
+        }
+        if matches!(action, "start" | "restart") {
+            track.signalled = None;
+        }
+        track.heard += 1;
+        track.is_unlisted = false;
+        let endpoint_id = || id.as_str().into();
+        match kind {
+            Kind::Changed => {}
+            Kind::Signalled(signal) => {
+                track.signalled = Some(Signalled { signal, time_nanos, is_replay });
+                if let Some(stopping) = track.stop_notice(now_nanos) {
+                    self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
+                    return; // nothing to see: a stop in progress is invisible
+                }
+            }
+            Kind::Ended => {
+                track.signalled = None;
+                if track.endpoint.take().is_some() {
+                    self.out.push_back(Ok(Change::Ended(endpoint_id())));
+                }
+            }
+            Kind::Paused => self.out.push_back(Ok(Change::Suspended(endpoint_id()))),
+            Kind::OutOfMemory => self.out.push_back(Ok(Change::OutOfMemory(endpoint_id()))),
+            Kind::Disconnected(network) => {
+                if track.uses(&network) {
+                    self.out.push_back(Ok(Change::Detached(endpoint_id())));
+                }
+            }
+        }
+        self.look_at(&id);
+    }
+
+    fn count(&self, notice: &Notice) {
+        let Some(metrics) = &self.settings.metrics else { return };
+        if let Some(events) = metrics.discovery.events.get() {
+            events.increment(notice.action);
+        }
+        // What was asked for again from before this process began says nothing of how late events come.
+        if notice.time_nanos >= self.began_nanos {
+            let lag = (self.settings.clock)().saturating_sub(notice.time_nanos);
+            // A remote engine's clock may be ahead, or hours behind.
+            let lag = Duration::from_nanos(u64::try_from(lag).unwrap_or(0));
+            metrics.discovery.event_lag.observe(lag.min(LAG_MAX));
+        }
+    }
+
+    /// Containers that run in the network namespace of `owner` change with it.
+    fn look_at_dependents(&mut self, owner: &str) {
+        let depends = |track: &Track| track.seen.as_ref().and_then(Inspected::network_owner) == Some(owner);
+        let dependents: Vec<String> =
+            self.tracks.iter().filter(|(_, track)| depends(track)).map(|(id, _)| id.clone()).collect();
+        for id in dependents {
+            if let Some(track) = self.tracks.get_mut(&id) {
+                // A look that is under way may have seen the owner as it was.
+                track.heard += 1;
+            }
+            self.look_at(&id);
+        }
+    }
+
+    fn look_at(&mut self, id: &str) {
+        let Some(track) = self.tracks.get_mut(id) else { return };
+        if track.look == Look::Idle {
+            track.look = Look::Queued;
+            self.to_look.push_back(id.to_owned());
+        }
+    }
+
+    fn start_looks(&mut self) {
+        let Some(engine) = self.engine.as_ref().filter(|_| self.context.is_placed) else { return };
+        while self.looking.len() < LOOKS_MAX
+            && let Some(id) = self.to_look.pop_front()
+        {
+            let Some(track) = self.tracks.get_mut(&id) else {
+                continue;
+            };
+            track.look = Look::UnderWay;
+            self.looks_begun += 1;
+            let serial = self.looks_begun;
+            self.looking.insert(serial);
+            let shared = track.seen.as_ref().and_then(|seen| seen.shared.clone());
+            let now_nanos = (self.settings.clock)();
+            self.work.push(look(engine.clone(), id.clone(), (track.heard, serial), shared, now_nanos).boxed());
+            self.work.push(
+                async move {
+                    tokio::time::sleep(LOOK_PATIENCE).await;
+                    Finished::Aside { id, serial }
+                }
+                .boxed(),
+            );
+        }
+    }
+
+    /// A look that takes long gives its place to others, and the whole truth does not wait for it.
+    fn on_aside(&mut self, id: &str, serial: u64) {
+        if self.aside < ASIDE_MAX && self.looking.remove(&serial) {
+            self.aside += 1;
+            self.settle(id);
+        }
+    }
+
+    fn on_looked(&mut self, id: String, heard: u64, serial: u64, outcome: Result<Option<Inspected>, String>) {
+        if !self.looking.remove(&serial) {
+            self.aside -= 1;
+        }
+        let Some(track) = self.tracks.get_mut(&id) else {
+            return self.settle(&id);
+        };
+        track.look = Look::Idle;
+        if track.heard != heard {
+            return self.look_at(&id); // overtaken by an event
+        }
+        match outcome {
+            Err(error) => self.on_unseen(&id, error),
+            Ok(None) => {
+                if self.tracks.remove(&id).is_some_and(|track| track.endpoint.is_some()) {
+                    self.out.push_back(Ok(Change::Ended(id.as_str().into())));
+                }
+            }
+            Ok(Some(seen)) => self.on_seen(&id, seen),
+        }
+        self.settle(&id);
+    }
+
+    /// A look has brought nothing. That proves nothing: what is known stays, and what is not known is what the list says. The
+    /// next list looks again. Only what the list lacks as well is gone.
+    fn on_unseen(&mut self, id: &str, error: String) {
+        let Some(track) = self.tracks.get_mut(id) else { return };
+        if track.is_unlisted {
+            if self.tracks.remove(id).is_some_and(|track| track.endpoint.is_some()) {
+                self.out.push_back(Ok(Change::Ended(id.into())));
+            }
+            return;
+        }
+        if track.trouble.as_ref() != Some(&error) {
+            tracing::warn!(container = %track.name(id), %error, "cannot inspect the container");
+        }
+        if track.endpoint.is_none() || track.is_unreadable {
+            let run = track.seen.as_ref().map_or(0, |seen| seen.started_nanos);
+            match &track.summary {
+                Some(summary) => {
+                    if let Some(endpoint) = inspect::unreadable(summary, run, &error) {
+                        track.is_unreadable = true;
+                        track.endpoint = Some(endpoint.clone());
+                        self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
+                    }
+                }
+                // An event has told of it, and the list tells its name.
+                None => self.list_at = self.list_at.min(Instant::now() + RECONNECT_MIN),
+            }
+        }
+        if let Some(track) = self.tracks.get_mut(id) {
+            track.trouble = Some(error);
+        }
+    }
+
+    /// Tells what is limited about the sight, when that has changed.
+    fn take_notes(&mut self) {
+        let mut notes = Vec::new();
+        let mut note = |what: String, advice: &str| notes.push(Obstacle { what, advice: advice.to_owned() });
+        let host = self.engine.as_ref().map_or("the engine", |engine| &*engine.host);
+        if let Some(version) = self.version.as_deref().map(|version| version.trim_start_matches('/')) {
+            note(
+                format!("{host} refuses paths without an API version, so that those with {version} are used"),
+                "nothing needs to be done",
+            );
+        }
+        if self.left_out > 0 {
+            let all = self.left_out + CONTAINERS_MAX;
+            note(
+                format!(
+                    "{all} containers carry the label inference.enable, {CONTAINERS_MAX} of them are followed and {} \
+                     are left out",
+                    self.left_out
+                ),
+                "take the label from some of them, or divide them among more engines",
+            );
+        }
+        if self.is_silent {
+            note(
+                format!("the event stream of {host} stays silent: changes are found by listing every 5 s or so"),
+                "see whether a proxy before the engine holds GET /events back or buffers it",
+            );
+        }
+        let unseen = |track: &&Track| track.trouble.is_some() && track.endpoint.is_some() && !track.is_unreadable;
+        let mut names: Vec<&str> =
+            self.tracks.iter().filter(|(_, track)| unseen(track)).map(|(id, track)| track.name(id)).collect();
+        if !names.is_empty() {
+            names.sort_unstable();
+            let more = names.len().saturating_sub(NAMED_MAX);
+            names.truncate(NAMED_MAX);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            note(
+                format!("inspect fails for {}{more}; what was known of them stays", names.join(", ")),
+                "see the log of the Docker Engine, and let a Docker API proxy allow GET /containers/{id}/json",
+            );
+        }
+        if notes != self.notes {
+            self.notes.clone_from(&notes);
+            self.out.push_back(Ok(Change::Notes(notes)));
+        }
+    }
+
+    fn on_seen(&mut self, id: &str, mut seen: Inspected) {
+        let Some(track) = self.tracks.get_mut(id) else { return };
+        seen.complete(track.seen.as_ref(), track.summary.as_ref());
+        (track.trouble, track.is_unreadable, track.is_unlisted) = (None, false, false);
+        let exists = seen.phase != Phase::Stopped;
+        if let Vantage::Host { on_link } = &mut self.context.vantage
+            && let Ok(prefixes) = place::on_link_prefixes()
+        {
+            // A network that has just been made is a new interface of this host.
+            *on_link = prefixes;
+        }
+        let endpoint = seen.endpoint(&self.context);
+        track.seen = Some(seen);
+        let Some(endpoint) = endpoint.filter(|_| exists) else {
+            let was_there = track.endpoint.take().is_some();
+            if !exists {
+                // It comes back by an event or by the list; until then it takes no room.
+                self.tracks.remove(id);
+            }
+            if was_there {
+                self.out.push_back(Ok(Change::Ended(id.into())));
+            }
+            return;
+        };
+        track.endpoint = Some(endpoint.clone());
+        self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
+        if track.seen.as_ref().is_some_and(|seen| seen.is_stopping) {
+            track.signalled = None;
+            self.out.push_back(Ok(Change::Stopping(id.into())));
+        } else if let Some(stopping) = track.stop_notice((self.settings.clock)()) {
+            self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
+        }
+    }
+
+    fn on_listed(&mut self, listed: Result<Listed, DiscoveryError>, context: Option<Context>, engine: Engine) {
+        self.listing = false;
+        let (mut summaries, is_whole) = match listed {
+            Ok(listed) => (listed.containers, listed.unreadable == 0),
+            Err(error) => return self.fail(error),
+        };
+        self.adopt(engine);
+        if let Some(context) = context {
+            self.context = context;
+        }
+        let all: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
+        let gone: Vec<String> = self.tracks.keys().filter(|id| !all.contains(*id)).cloned().collect();
+        // Those that are followed already stay so; of the others as many as there is room for.
+        summaries.sort_by_key(|summary| !self.tracks.contains_key(&summary.id));
+        self.left_out = summaries.len().saturating_sub(CONTAINERS_MAX);
+        summaries.truncate(CONTAINERS_MAX);
+        let listed: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
+        let lost = gone.iter().any(|id| self.tracks.get(id).is_some_and(|track| track.endpoint.is_some()));
+        let found = listed.iter().any(|id| !self.tracks.contains_key(id));
+        if self.synced_once && (lost || found) && self.heard.is_some() {
+            // The list knows what no event has told. (An event may still be on its way; asking anew costs little.)
+            tracing::debug!("the list differs from what events told, subscribing again");
+            if !self.stream_spoke && !self.is_silent {
+                self.doubt_at.get_or_insert(Instant::now() + STREAM_PATIENCE);
+            }
+            if let Some(engine) = self.engine.clone() {
+                self.subscribe(&engine);
+            }
+        }
+        for id in &gone {
+            // It may have been started after the list was made: a look tells.
+            if let Some(track) = self.tracks.get_mut(id) {
+                track.is_unlisted = is_whole;
+            }
+            self.look_at(id);
+        }
+        for summary in summaries {
+            let id = summary.id.clone();
+            let track = self.tracks.entry(id.clone()).or_default();
+            (track.summary, track.is_unlisted) = (Some(summary), false);
+            self.look_at(&id);
+        }
+        self.outstanding = Some(listed.into_iter().chain(gone).collect());
+        self.settle("");
+    }
+
+    /// The list came from `engine`, whose paths are the ones that work.
+    fn adopt(&mut self, engine: Engine) {
+        let version = engine.version().map(str::to_owned);
+        if version == self.version && self.engine.is_some() {
+            return;
+        }
+        self.version = version;
+        // The stream was asked for by paths that are refused.
+        self.subscribe(&engine);
+        self.engine = Some(engine);
+    }
+
+    /// `id` has been looked at; when nothing of the last list is left to look at, the whole truth is known.
+    fn settle(&mut self, id: &str) {
+        let Some(outstanding) = &mut self.outstanding else {
+            return;
+        };
+        outstanding.remove(id);
+        if outstanding.is_empty() {
+            self.outstanding = None;
+            self.synced_once = true;
+            self.retry = RECONNECT_MIN;
+            let endpoints = self.tracks.values().filter_map(|track| track.endpoint.clone()).collect();
+            self.out.push_back(Ok(Change::Reset(endpoints)));
+        }
+    }
+}
+
+// === impl Track ===
+
+impl Track {
+    /// If the last signal was a stop notice for the run that was seen: the container's id, once.
+    fn stop_notice(&mut self, now_nanos: i64) -> Option<String> {
+        let seen = self.seen.as_ref()?;
+        let signalled = self.signalled.filter(|s| !s.is_replay || !is_before(s.time_nanos, seen, now_nanos))?;
+        self.endpoint.as_ref()?;
+        self.signalled = None;
+        is_stop_notice(signalled.signal, seen.stop_signal, seen.forges_signals()).then(|| seen.id.clone())
+    }
+
+    fn uses(&self, network: &str) -> bool {
+        let reach = self.endpoint.as_ref().and_then(|endpoint| endpoint.reach.as_ref().ok());
+        reach.and_then(|reach| reach.network.as_ref()).is_some_and(|used| used.id == network || used.name == network)
+    }
+
+    fn name<'a>(&'a self, id: &'a str) -> &'a str {
+        let listed = self.summary.as_ref().map_or(id, |summary| summary.name.as_str());
+        self.seen.as_ref().map_or(listed, |seen| seen.name.as_str())
+    }
+}
+
+/// Whether a replayed event is about an earlier run than the one seen. A start ahead of the clock tells nothing about
+/// that, because the clock has been put back since.
+fn is_before(time_nanos: i64, seen: &Inspected, now_nanos: i64) -> bool {
+    time_nanos < seen.started_nanos && seen.started_nanos <= now_nanos
+}
+
+// === talking to the engine ===
+
+async fn list(engine: Engine, may_try: bool, context: Context, now_nanos: i64) -> Finished {
+    let (engine, listed) = engine.negotiate(may_try).await;
+    let located = match listed {
+        Ok(listed) => {
+            let located = locate(&engine, context, place::self_id_candidates(), now_nanos).await;
+            located.map(|context| (listed, context))
+        }
+        Err(error) => Err(error),
+    };
+    let (listed, context) = match located {
+        Ok((listed, context)) => (Ok(listed), Some(context)),
+        Err(error) => (Err(error), None),
+    };
+    Finished::Listed { listed, context, engine }
+}
+
+async fn look(
+    engine: Engine,
+    id: String,
+    (heard, serial): (u64, u64),
+    shared: Option<Shared>,
+    now_nanos: i64,
+) -> Finished {
+    let outcome = async {
+        let Some(mut seen) = engine.inspect(&id).await? else {
+            return Ok(None);
+        };
+        if let Some(owner) = seen.network_owner().map(str::to_owned) {
+            let owner = engine.inspect(&owner).await?;
+            seen.share_network_of(owner.as_ref(), shared.as_ref(), now_nanos);
+        }
+        Ok(Some(seen))
+    };
+    let outcome = outcome.await;
+    Finished::Looked { id, heard, serial, outcome }
+}
+
+#[cfg(test)]
+mod tests;

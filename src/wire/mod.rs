@@ -1,0 +1,4 @@
+//! From bytes to facts, without a socket.
+
+pub mod http1;
+pub mod scan;
