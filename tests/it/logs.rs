@@ -418,6 +418,18 @@ async fn o06_a_filter_that_would_silence_everything_by_mistake_stops_the_start()
     assert!(said.contains("PROXY_NONSENSE is not a variable"), "a comma too many silences nothing: {said}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_a_target_from_before_modules_moved_still_works() {
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    let program = Program::start(&engine, &[], &[("PROXY_LOG", "warn,inference_proxy::registry=info")]);
+    program.says("web is live").await;
+    let said = program.said();
+    let renamed = "write inference_proxy::control::registry for inference_proxy::registry";
+    assert_eq!(said.matches(renamed).count(), 1, "{said}");
+    assert!(!said.contains("\"listening\""), "the other targets stay at warn: {said}");
+}
+
 /// Tells the child what to be.
 const PANICKING: &str = "IT_LOGS_PANICKING";
 

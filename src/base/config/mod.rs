@@ -5,6 +5,7 @@
 //! else gets it as pairs, so tests configure by value.
 
 pub mod otlp;
+mod targets;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
@@ -207,6 +208,11 @@ pub enum Warning {
         /// In what.
         path: &'static str,
     },
+    /// `PROXY_LOG` names targets that have been renamed.
+    Renamed {
+        /// The old name of each, and that of today.
+        targets: Vec<(String, String)>,
+    },
     /// Anybody on the way to this engine could take it over.
     PlainDocker {
         /// `DOCKER_HOST`.
@@ -232,6 +238,11 @@ impl fmt::Display for Warning {
                 "OTEL_EXPORTER_OTLP_ENDPOINT ends in {path}, which is added to it: leave it out there, or set \
                  OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"
             ),
+            Warning::Renamed { targets } => {
+                let pairs: Vec<String> = targets.iter().map(|(old, now)| format!("{now} for {old}")).collect();
+                let pairs = pairs.join(", ");
+                write!(f, "PROXY_LOG has a target that was renamed and still works; write {pairs}")
+            }
             Warning::PlainDocker { host } => write!(
                 f,
                 "DOCKER_HOST={host} is a public address without TLS: whoever can reach it owns that machine; set \
@@ -402,6 +413,11 @@ impl Env {
         let own = self.vars.keys().filter(|name| name.starts_with("PROXY_"));
         let mut warnings: Vec<Warning> = own.filter_map(|name| Warning::unknown(name)).collect();
         warnings.extend(otlp::warnings(self, config.otlp.as_ref()));
+        let log = self.vars.get("PROXY_LOG").map_or("", String::as_str);
+        let targets: Vec<(String, String)> = parts_of_log_filter(log).filter_map(targets::renamed).collect();
+        if !targets.is_empty() {
+            warnings.push(Warning::Renamed { targets });
+        }
         if let Some(host) = config.docker.host.as_ref().filter(|host| !config.docker.tls && is_plain_and_public(host)) {
             warnings.push(Warning::PlainDocker { host: host.clone() });
         }
@@ -469,12 +485,14 @@ pub fn parse_size(text: &str) -> Option<u64> {
     number.parse::<u64>().ok()?.checked_mul(bytes_per_unit)
 }
 
-/// A filter of log lines as tracing reads it, without parts that are empty. For tracing any word is a target, at least that
-/// of some program: one that can only be a level gone wrong would silence everything, so it must be a level or ours.
+/// A filter of log lines as tracing reads it, with the targets of today and without parts that are empty. For tracing
+/// any word is a target, at least that of some program: one that can only be a level gone wrong would silence
+/// everything, so it must be a level or ours.
 fn parse_log_filter(text: &str) -> Option<String> {
     let parts: Vec<&str> = parts_of_log_filter(text).collect();
-    let filter = parts.join(",");
     let is_known = !parts.is_empty() && parts.iter().all(|part| is_log_directive(part));
+    let today = |part: &&str| targets::translated(part).unwrap_or_else(|| (*part).to_owned());
+    let filter = parts.iter().map(today).collect::<Vec<String>>().join(",");
     (is_known && filter.parse::<Targets>().is_ok()).then_some(filter)
 }
 
