@@ -51,3 +51,4 @@ mod status;
 mod storm;
 mod streaming;
 mod upgrade;
+mod vital;

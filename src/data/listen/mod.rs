@@ -41,6 +41,8 @@ use crate::{
 const BACKLOG: i32 = 4096;
 /// Connections on their way to one worker.
 const HANDOVER_MAX: usize = 1024;
+/// How often it is looked whether the workers have ended.
+const ENDED_POLL: Duration = Duration::from_millis(5);
 /// Pause when no descriptor is left: closing connections will free some.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// A client sends its request right after connecting. A connection that is younger than this when the proxy stops is
@@ -221,16 +223,16 @@ impl Workers {
     pub async fn finish(self, patience: Duration) -> bool {
         self.finish.stop();
         let threads: Vec<JoinHandle<()>> = self.workers.into_iter().map(|worker| worker.thread).collect();
-        let mut joined = tokio::task::spawn_blocking(|| {
-            for thread in threads {
-                // A worker that panicked has nothing left to finish.
-                let _ = thread.join();
+        // No other thread waits for them, because there may be no memory for one.
+        let all_ended = async || {
+            while !threads.iter().all(JoinHandle::is_finished) {
+                sleep(ENDED_POLL).await;
             }
-        });
-        let finished = tokio::time::timeout(patience, &mut joined).await.is_ok();
+        };
+        let finished = timeout(patience, all_ended()).await.is_ok();
         self.abort.cancel();
         if !finished {
-            let _ = joined.await;
+            all_ended().await;
         }
         finished
     }
