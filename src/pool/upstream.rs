@@ -67,17 +67,6 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// What the backend did, for an error message.
-    pub fn what(self) -> &'static str {
-        match self {
-            ConnectError::Refused => "refused the connection",
-            ConnectError::TimedOut => "did not accept the connection in time",
-            ConnectError::Unreachable => "could not be reached",
-            ConnectError::Shortage => "could not be connected to for want of descriptors, ports or memory here",
-            ConnectError::Cut => "was stopped",
-        }
-    }
-
     fn of(error: &io::Error) -> ConnectError {
         // Numbers of Linux, for those that have no kind of their own.
         const EAGAIN: i32 = 11;

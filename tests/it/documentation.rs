@@ -8,8 +8,8 @@ use std::{
 use http::StatusCode;
 use inference_proxy::{
     base::error::ProxyError,
-    data::proxy::failure::{self, Action, Left, Lesson, Stage, What},
-    pool::{breaker::Outcome, upstream::ConnectError},
+    data::proxy::failure::{self, Failure, Left, Lesson, Next, Stage},
+    pool::breaker::Outcome,
 };
 
 /// The cells of the rows whose first cell begins with a code word, below this heading.
@@ -65,18 +65,18 @@ fn documentation_of_failures_has_every_error_code_and_its_status() {
     assert_eq!(codes, [""; 0], "no error of this code is compared");
 }
 
-const WHATS: [What; 11] = [
-    What::Connect(ConnectError::Refused),
-    What::Connect(ConnectError::TimedOut),
-    What::Connect(ConnectError::Unreachable),
-    What::Connect(ConnectError::Cut),
-    What::Connect(ConnectError::Shortage),
-    What::Ended,
-    What::Nonsense("x"),
-    What::Declined,
-    What::TimedOut,
-    What::ClientGone,
-    What::ClientFault,
+const FAILURES: [Failure; 11] = [
+    Failure::Refused,
+    Failure::ConnectTimedOut,
+    Failure::Unreachable,
+    Failure::Stopped,
+    Failure::Shortage,
+    Failure::Ended,
+    Failure::InvalidAnswer("x"),
+    Failure::Declined,
+    Failure::TimedOut,
+    Failure::ClientGone,
+    Failure::ClientBroke,
 ];
 
 /// The stages with the words for them.
@@ -87,20 +87,21 @@ const STAGES: [(Stage, &str); 4] = [
     (Stage::Answered, "the client has the head"),
 ];
 
-fn action(action: Action) -> &'static str {
-    match action {
-        Action::SendAgain => "again",
-        Action::Elsewhere => "elsewhere",
-        Action::Relieve => "again, once idle connections are closed",
-        Action::ElsewhereAtOnce => "elsewhere, at once",
-        Action::Pass => "no: the answer passes",
-        Action::Shortage => "no: 503 proxy_shortage",
-        Action::BadGateway => "no: 502 backend_error",
-        Action::GatewayTimeout => "no: 504 backend_timeout",
-        Action::Refuse => "no: 4xx that says what is wrong",
-        Action::Cut => "no: cut",
-        Action::Abandon => "no: nobody is there",
-    }
+/// What happens next, in words. `error`: what the client gets if nothing more can be tried.
+fn step(next: Next, error: &ProxyError) -> String {
+    let words = match next {
+        Next::SendAgain => "again",
+        Next::Elsewhere => "elsewhere",
+        Next::Relieve => "again, once idle connections are closed",
+        Next::ElsewhereAtOnce => "elsewhere, at once",
+        Next::AwaitNews => "news",
+        Next::Pass => "no: the answer passes",
+        Next::Fail => return format!("no: {} {}", error.status().as_u16(), error.code()),
+        Next::Refuse => "no: 4xx that says what is wrong",
+        Next::Cut => "no: cut",
+        Next::Abandon => "no: nobody is there",
+    };
+    words.to_owned()
 }
 
 fn lesson(lesson: Lesson) -> &'static str {
@@ -112,17 +113,21 @@ fn lesson(lesson: Lesson) -> &'static str {
 
 /// What the code does: by what failed, how far the answer had come and whether the request is held, what is done and learnt.
 fn matrix() -> BTreeMap<[String; 3], [String; 2]> {
+    let limit = Some((Duration::from_secs(1), "PROXY_FIRST_BYTE_TIMEOUT"));
     let mut matrix = BTreeMap::new();
-    for what in WHATS {
+    for failure in FAILURES {
         for (stage, words) in STAGES {
-            // Connecting fails before anything is sent.
-            if matches!(what, What::Connect(_)) && stage != (Stage::Unanswered { reused: false }) {
+            // Connecting fails before anything is sent; a backend may be stopped later as well.
+            let is_late = failure == Failure::Stopped && stage == Stage::Answered;
+            if failure.is_of_connecting() && stage != (Stage::Unanswered { reused: false }) && !is_late {
                 continue;
             }
             for (can_replay, held) in [(true, "held"), (false, "not held")] {
-                let (done, learnt) = failure::judge(what, stage, Left { can_replay, can_relieve: true });
-                let key = [what.name(), words, held].map(str::to_owned);
-                matrix.insert(key, [action(done), lesson(learnt)].map(str::to_owned));
+                let left = Left { can_replay, can_relieve: true, may_go_elsewhere: true, may_await_news: true };
+                let (next, learnt) = failure::judge(failure, stage, left);
+                let key = [failure.word(), words, held].map(str::to_owned);
+                let error = failure.error(stage, "backend", 1, limit);
+                matrix.insert(key, [step(next, &error), lesson(learnt).to_owned()]);
             }
         }
     }
@@ -139,7 +144,7 @@ fn documentation_of_failures_has_every_row_of_the_matrix() {
             let all = if cell == "any" { all.join("; ") } else { cell.to_owned() };
             all.split("; ").map(str::to_owned).collect()
         };
-        let is_connect = whats.split(", ").all(|what| WHATS[..5].iter().any(|known| known.name() == what));
+        let is_connect = FAILURES.iter().any(|known| known.is_of_connecting() && known.word() == whats);
         let all_stages = STAGES.map(|(_, words)| words);
         let all_stages = if is_connect { &all_stages[..1] } else { &all_stages[..] };
         for what in whats.split(", ") {

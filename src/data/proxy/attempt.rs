@@ -9,17 +9,20 @@ use std::{
     time::Duration,
 };
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 use tokio::time::{Instant, sleep};
 
 use super::{
+    call::Call,
     client::{BodyWait, Client, Gone, READ_BYTES, Transport, with_scratch},
-    failure::{Stage, What, why_no_head, why_no_http},
-    headers,
+    failure::{Failure, Stage, why_no_head, why_no_http},
+    headers::{self, ToBackend},
+    paths,
 };
 use crate::{
+    base::error::ProxyError,
     data::replay::{BodyFault, Cursor, Replay},
-    pool::upstream::Lease,
+    pool::{backend::InFlight, upstream::Lease},
     wire::http1::{
         head::{HeadEnd, Known, RequestHead, ResponseHead, Version},
         own_address::OwnAddress,
@@ -64,13 +67,69 @@ pub struct Attempt {
 #[derive(Debug)]
 pub enum Stop {
     /// The backend failed, or ran out of time.
-    Failed(What, Stage),
+    Failed(Failure, Stage),
     /// The client left.
     Gone,
     /// The request's body cannot be passed on.
     Fault(BodyFault),
     /// The request's body stands still.
     TooSlow,
+    /// The request may not be sent to this backend.
+    Refused(ProxyError),
+}
+
+impl<S: Transport> Call<'_, S> {
+    /// Sends the request once, to the backend where it has a slot, and waits for the head of an answer.
+    ///
+    /// # Errors
+    /// There will be no answer to this attempt.
+    pub(super) async fn attempt(
+        &mut self,
+        in_flight: &InFlight,
+        fresh_only: bool,
+    ) -> Result<(ResponseHead, Attempt), Stop> {
+        let Call { proxy, client, asked, is_below_v1, replay, account } = self;
+        let now = Instant::now();
+        account.is_sent(now);
+        let backend = in_flight.backend();
+        if *is_below_v1 && !paths::may_be_below(&backend.spec.base_path, asked.head.path()) {
+            let message = "no such path here: inference.api.base_path of the model's container is no version, \
+                           such as /v1, and behind it only paths of known APIs are forwarded";
+            return Err(Stop::Refused(ProxyError::NoSuchPath { message: message.to_owned() }));
+        }
+        account.trace.attempt_begins(asked.head, backend, in_flight.model());
+        let idle = if fresh_only { None } else { backend.upstream.lease_idle(now) };
+        let lease = match idle {
+            Some(lease) => {
+                proxy.metrics.upstream_reused.increment();
+                lease
+            }
+            None => {
+                let began = Instant::now();
+                let leased = client.unless_gone(backend.upstream.lease_fresh()).await?;
+                account.has_waited(began.elapsed());
+                let unanswered = Stage::Unanswered { reused: false };
+                let lease = leased.map_err(|error| Stop::Failed(error.into(), unanswered))?;
+                proxy.metrics.upstream_opened.increment();
+                lease
+            }
+        };
+        let upgrades = asked.head.method == Method::GET && asked.head.asks_for_websocket();
+        let mut sent = Vec::with_capacity(1024);
+        let to = ToBackend {
+            base_path: Some(&*backend.spec.base_path).filter(|path| *is_below_v1 && *path != "/v1"),
+            authority: &backend.authority,
+            client_ip: asked.client_ip,
+            request_id: asked.id.as_bytes(),
+            trace: account.trace.headers(),
+            upgrades,
+        };
+        headers::push_request(&mut sent, asked.head, &to);
+        let mut attempt = Attempt::new(lease, sent);
+        let limit = proxy.head_limit().map(|(limit, _)| limit);
+        let head = attempt.answer(client, replay, asked.head, upgrades, limit, &backend.own_address).await?;
+        Ok((head, attempt))
+    }
 }
 
 impl From<Gone> for Stop {
@@ -120,10 +179,10 @@ impl Attempt {
     }
 
     /// No head of an answer comes any more.
-    fn failed(&self, what: What) -> Stop {
+    fn failed(&self, failure: Failure) -> Stop {
         // Interim answers are no answer: what the client gets can still be an error of the proxy's own.
         let stage = if self.has_passed_on { Stage::Begun } else { self.stage() };
-        Stop::Failed(what, stage)
+        Stop::Failed(failure, stage)
     }
 
     /// Sends, and waits for the head of the answer, for up to `limit` where it is the backend that is waited for.
@@ -145,7 +204,7 @@ impl Attempt {
             self.lease.use_in(cx);
             loop {
                 if self.lease.is_cut() {
-                    return Poll::Ready(Err(self.failed(What::Ended)));
+                    return Poll::Ready(Err(self.failed(Failure::Ended)));
                 }
                 if let Poll::Ready(Err(Gone)) = client.poll_flush(cx) {
                     return Poll::Ready(Err(Stop::Gone));
@@ -158,18 +217,18 @@ impl Attempt {
                 }
                 match self.poll_head(cx) {
                     Poll::Pending => break,
-                    Poll::Ready(Err(what)) => return Poll::Ready(Err(self.failed(what))),
+                    Poll::Ready(Err(failure)) => return Poll::Ready(Err(self.failed(failure))),
                     Poll::Ready(Ok(head)) if head.status == StatusCode::SWITCHING_PROTOCOLS => {
                         return Poll::Ready(if upgrades && head.lines.lists_only(Known::Upgrade, "websocket") {
                             Ok(head)
                         } else {
-                            Err(self.failed(What::Nonsense("it changes to a protocol that was not asked for")))
+                            Err(self.failed(Failure::InvalidAnswer("it changes to a protocol that was not asked for")))
                         });
                     }
                     Poll::Ready(Ok(head)) if head.status.is_informational() => {
                         let Some(left) = self.interim_left.checked_sub(1) else {
                             let why = "it sends more than 64 interim answers (1xx) before the answer";
-                            return Poll::Ready(Err(self.failed(What::Nonsense(why))));
+                            return Poll::Ready(Err(self.failed(Failure::InvalidAnswer(why))));
                         };
                         self.interim_left = left;
                         // The client was told to go on by the proxy, and HTTP/1.0 knows no interim answers.
@@ -197,7 +256,7 @@ impl Attempt {
             if std::mem::take(&mut is_held_up) {
                 timer.as_mut().reset(Instant::now() + *limit);
             }
-            timer.as_mut().poll(cx).map(|()| Err(self.failed(What::TimedOut)))
+            timer.as_mut().poll(cx).map(|()| Err(self.failed(Failure::TimedOut)))
         })
         .await
     }
@@ -268,15 +327,15 @@ impl Attempt {
     }
 
     /// The next head that the backend sends.
-    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, What>> {
+    fn poll_head(&mut self, cx: &mut Context<'_>) -> Poll<Result<ResponseHead, Failure>> {
         loop {
             match self.end.find(&self.inbound) {
-                Err(error) => return Poll::Ready(Err(What::Nonsense(why_no_head(error)))),
+                Err(error) => return Poll::Ready(Err(Failure::InvalidAnswer(why_no_head(error)))),
                 Ok(None) => {}
                 Ok(Some(length)) => {
                     let head = ResponseHead::read(&self.inbound[..length]);
                     self.inbound.drain(..length);
-                    return Poll::Ready(head.map_err(|error| What::Nonsense(why_no_head(error))));
+                    return Poll::Ready(head.map_err(|error| Failure::InvalidAnswer(why_no_head(error))));
                 }
             }
             let Attempt { lease, inbound, .. } = self;
@@ -290,7 +349,7 @@ impl Attempt {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Ok(n)) if n > 0 => self.has_heard = true,
                 Poll::Ready(_) => {
-                    return Poll::Ready(Err(why_no_http(&self.inbound).map_or(What::Ended, What::Nonsense)));
+                    return Poll::Ready(Err(why_no_http(&self.inbound).map_or(Failure::Ended, Failure::InvalidAnswer)));
                 }
             }
         }

@@ -1,72 +1,66 @@
-//! A place on a backend for one request: whose, and what if there is none at the moment.
+//! A slot on a backend for one request: which replica it is, and what happens if there is none at the moment.
 //!
-//! A place is claimed on the member that the policy picks. If every replica is full, or none is
-//! ready but one is starting, the request waits in the line of its model ([`crate::pool::waiting`]), for a bounded time
-//! and behind a bounded number of others, until it is called: by whoever gives a place back, by control when it has
-//! published another table, or by the clock when a replica has rested.
+//! A slot is claimed on the member that the policy picks. If every replica is full, or none is ready but one is starting,
+//! the request waits in the queue of its model ([`crate::pool::waiting`]), for a bounded time and behind a bounded number
+//! of others. It is called by a request that gives its slot back, by control when it has published another table, or by
+//! the clock when a replica's breaker may be tried.
 
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{
-    NoAnswer, Proxy, bounded,
-    client::{Client, Transport},
-    exchange::Exchange,
+    call::{Call, NoAnswer, bounded},
+    client::Transport,
     makers::Maker,
     paths,
+    state::Proxy,
 };
 use crate::{
     base::{config::Config, error::ProxyError},
-    data::{
-        balance::{self, NoPlace},
-        replay::Replay,
-    },
+    data::balance::{self, NoPlace},
     pool::{
         backend::{Backend, InFlight, Member, Model},
         table::Lookup,
         waiting::Whom,
     },
-    wire::scan::Prompt,
 };
 
 /// How long ahead of Docker's word a container's port may be closed.
 const NEWS_TIME: Duration = Duration::from_millis(250);
-/// Shortest nap of a request that waits for a rested replica.
-const NAP_MIN: Duration = Duration::from_millis(1);
+/// Shortest pause of a request that waits until a replica's breaker may be tried.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
 
-/// Where a request is served.
+/// A slot that a request has.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Slot {
     pub(super) in_flight: InFlight,
-    /// Nobody else could serve it.
+    /// No other backend could serve the request.
     pub(super) is_the_only_one: bool,
 }
 
 /// How requests wait: `PROXY_QUEUE_MAX` and `PROXY_QUEUE_TIMEOUT`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Queue {
+pub(super) struct QueueLimits {
     max: usize,
     timeout: Duration,
 }
 
-/// Who can serve a request.
+/// Which replicas may serve a request.
 #[derive(Debug, Clone)]
-pub(super) enum Wanted<'r> {
+pub(super) enum Eligible<'c> {
     /// Any member of this model's pool, but for those that have been tried.
     AnyOf {
-        model: &'r str,
-        tried: &'r [Arc<Backend>],
-        prompt_bytes: u64,
-        prompt: Option<&'r Prompt>,
-        /// There is an answer already, which none that is known to be broken would better.
+        model: &'c str,
+        tried: &'c [Arc<Backend>],
+        /// There is an answer already, and a replica that is known to be broken would give no better one.
         spares_the_broken: bool,
     },
     /// This one alone.
     Only(Arc<Member>),
 }
 
-/// An answer that has passed here.
+/// An answer that has passed here, which a request is about.
 #[derive(Debug)]
 pub(super) struct Made<'p> {
     maker: Maker,
@@ -79,7 +73,7 @@ impl Made<'_> {
     }
 }
 
-/// Why there is no place now.
+/// Why there is no slot now.
 #[derive(Debug)]
 enum Delay {
     /// There will be none soon.
@@ -94,21 +88,15 @@ enum Delay {
     },
 }
 
-impl<'r> Wanted<'r> {
-    /// Any member of the pool of `model` whose backend is not in `tried`, for this request.
-    pub(super) fn any_of(
-        model: &'r str,
-        tried: &'r [Arc<Backend>],
-        replay: &'r Replay,
-        exchange: &Exchange<'_>,
-    ) -> Wanted<'r> {
-        let prompt_bytes = exchange.body_bytes(replay.seen_bytes());
-        Wanted::AnyOf { model, tried, prompt_bytes, prompt: replay.prompt(), spares_the_broken: false }
+impl<'c> Eligible<'c> {
+    /// Any member of the pool of `model` whose backend is not in `tried`.
+    pub(super) fn any_of(model: &'c str, tried: &'c [Arc<Backend>]) -> Eligible<'c> {
+        Eligible::AnyOf { model, tried, spares_the_broken: false }
     }
 
     /// The same, but for those whose breakers keep requests away.
-    pub(super) fn but_for_the_broken(mut self) -> Wanted<'r> {
-        if let Wanted::AnyOf { spares_the_broken, .. } = &mut self {
+    pub(super) fn but_for_the_broken(mut self) -> Eligible<'c> {
+        if let Eligible::AnyOf { spares_the_broken, .. } = &mut self {
             *spares_the_broken = true;
         }
         self
@@ -116,17 +104,17 @@ impl<'r> Wanted<'r> {
 
     fn whom(&self) -> Whom {
         match self {
-            Wanted::Only(member) => Whom::Only(member.backend.serial),
-            Wanted::AnyOf { tried, .. } => tried.last().map_or(Whom::Anybody, |last| Whom::AnybodyBut(last.serial)),
+            Eligible::Only(member) => Whom::Only(member.backend.serial),
+            Eligible::AnyOf { tried, .. } => tried.last().map_or(Whom::Anybody, |last| Whom::AnybodyBut(last.serial)),
         }
     }
 }
 
-impl Queue {
-    pub(super) fn new(config: &Config) -> Queue {
-        // Either knob turns waiting off.
+impl QueueLimits {
+    pub(super) fn new(config: &Config) -> QueueLimits {
+        // Either variable turns waiting off.
         let max = if config.queue_timeout.is_zero() { 0 } else { config.queue_max };
-        Queue { max, timeout: config.queue_timeout }
+        QueueLimits { max, timeout: config.queue_timeout }
     }
 }
 
@@ -135,7 +123,7 @@ thread_local! {
 }
 
 impl Proxy {
-    /// Who made the answer whose id is in `path`, if it has passed here.
+    /// The answer whose id is in `path`, if it has passed here.
     pub(super) fn made<'p>(&self, path: &'p str) -> Option<Made<'p>> {
         if paths::is_stateless(path) {
             return None;
@@ -145,41 +133,6 @@ impl Proxy {
             Maker::Unknown => None,
             maker => Some(Made { maker, id }),
         })
-    }
-
-    /// Claims a place for a request that names `model`: on the backend that made the answer that it is about, if that serves
-    /// the model, or the one that is continued, else on the best.
-    pub(super) async fn choose<S: Transport>(
-        &self,
-        client: &mut Client<S>,
-        model: &str,
-        made: Option<Made<'_>>,
-        replay: &Replay,
-        exchange: &mut Exchange<'_>,
-    ) -> Result<Place, NoAnswer> {
-        if let Some(made) = made
-            && let Some(member) = self.maker_for(&made, model)?
-        {
-            let in_flight = self.claim(client, &Wanted::Only(member), exchange).await?;
-            return Ok(Place { in_flight, is_the_only_one: true });
-        }
-        if let Some(Maker::Here(member)) = replay.continues().map(|id| self.makers.of("responses", id))
-            && self.table.snapshot().known_as(model).is_some_and(|known| known.id == member.model.id)
-            && member.model.waiting.may_pass(Whom::Anybody)
-            && let Ok(in_flight) = member.try_acquire(Instant::now())
-        {
-            if let Some((affinity, prompt)) = self.affinity.as_ref().zip(replay.prompt()) {
-                affinity.learn(prompt, in_flight.backend().serial);
-            }
-            let in_flight = in_flight.expects(self.balance, exchange.body_bytes(replay.seen_bytes()), Instant::now());
-            exchange.served_by(&in_flight);
-            in_flight.model().retries.pay_in();
-            return Ok(Place { in_flight, is_the_only_one: false });
-        }
-        let wanted = Wanted::any_of(model, &[], replay, exchange);
-        let in_flight = self.claim(client, &wanted, exchange).await?;
-        in_flight.model().retries.pay_in();
-        Ok(Place { in_flight, is_the_only_one: false })
     }
 
     /// The member of the pool of `model` that made an answer. `None`: the answer is of another model, and the one that is
@@ -203,20 +156,6 @@ impl Proxy {
         }
     }
 
-    /// Claims a place for a request that names no model: on the backend that made the answer it is about, else on the
-    /// only one there is.
-    pub(super) async fn choose_unnamed<S: Transport>(
-        &self,
-        client: &mut Client<S>,
-        path: &str,
-        made: Option<Made<'_>>,
-        exchange: &mut Exchange<'_>,
-    ) -> Result<Place, NoAnswer> {
-        let member = self.meant_by(path, made)?;
-        let in_flight = self.claim(client, &Wanted::Only(member), exchange).await?;
-        Ok(Place { in_flight, is_the_only_one: true })
-    }
-
     /// Which backend is meant by a request that names no model.
     fn meant_by(&self, path: &str, made: Option<Made<'_>>) -> Result<Arc<Member>, ProxyError> {
         match made {
@@ -232,41 +171,79 @@ impl Proxy {
             }
         }
     }
+}
 
-    /// Claims a place now, or waits for one.
-    pub(super) async fn claim<S: Transport>(
-        &self,
-        client: &mut Client<S>,
-        wanted: &Wanted<'_>,
-        exchange: &mut Exchange<'_>,
-    ) -> Result<InFlight, NoAnswer> {
-        match self.try_claim(wanted, false, exchange) {
+impl<S: Transport> Call<'_, S> {
+    /// Claims a slot for a request that names `model`: on the backend that made the answer that it is about, if that serves
+    /// the model, or the answer that it continues, else on the best.
+    pub(super) async fn choose(&mut self, model: &str, made: Option<Made<'_>>) -> Result<Slot, NoAnswer> {
+        if let Some(made) = made
+            && let Some(member) = self.proxy.maker_for(&made, model)?
+        {
+            let in_flight = self.claim(&Eligible::Only(member)).await?;
+            return Ok(Slot { in_flight, is_the_only_one: true });
+        }
+        let in_flight = match self.claim_where_it_continues(model) {
+            Some(in_flight) => in_flight,
+            None => self.claim(&Eligible::any_of(model, &[])).await?,
+        };
+        in_flight.model().retries.pay_in();
+        Ok(Slot { in_flight, is_the_only_one: false })
+    }
+
+    /// Claims a slot on the backend that made the answer that the request continues (`previous_response_id`), if it has
+    /// one at once.
+    fn claim_where_it_continues(&mut self, model: &str) -> Option<InFlight> {
+        let proxy = self.proxy;
+        let Maker::Here(member) = proxy.makers.of("responses", self.replay.continues()?) else { return None };
+        let is_it = proxy.table.snapshot().known_as(model).is_some_and(|known| known.id == member.model.id);
+        if !is_it || !member.model.waiting.may_pass(Whom::Anybody) {
+            return None;
+        }
+        let in_flight = member.try_acquire(Instant::now()).ok()?;
+        if let Some((affinity, prompt)) = proxy.affinity.as_ref().zip(self.replay.prompt()) {
+            affinity.learn(prompt, in_flight.backend().serial);
+        }
+        let body_bytes = self.account.body_bytes(self.replay.seen_bytes());
+        let in_flight = in_flight.expects(proxy.balance, body_bytes, Instant::now());
+        self.account.served_by(&in_flight);
+        Some(in_flight)
+    }
+
+    /// Claims a slot for a request that names no model: on the backend that made the answer that it is about, else on the
+    /// only one there is.
+    pub(super) async fn choose_unnamed(&mut self, made: Option<Made<'_>>) -> Result<Slot, NoAnswer> {
+        let member = self.proxy.meant_by(self.asked.head.path(), made)?;
+        let in_flight = self.claim(&Eligible::Only(member)).await?;
+        Ok(Slot { in_flight, is_the_only_one: true })
+    }
+
+    /// Claims a slot now, or waits for one.
+    pub(super) async fn claim(&mut self, eligible: &Eligible<'_>) -> Result<InFlight, NoAnswer> {
+        match self.try_claim(eligible, false) {
             Ok(in_flight) => Ok(in_flight),
             Err(Delay::No(error)) => Err(error.into()),
             Err(Delay::Wait { model, otherwise, .. }) => {
                 // Seldom, and large: not part of every request's state.
-                Box::pin(self.wait(client, wanted, &model, otherwise, exchange)).await
+                Box::pin(self.wait(eligible, &model, otherwise)).await
             }
         }
     }
 
-    /// Claims a place now, if there is one, without waiting.
-    pub(super) fn claim_at_once(&self, wanted: &Wanted<'_>, exchange: &mut Exchange<'_>) -> Option<InFlight> {
-        self.try_claim(wanted, false, exchange).ok()
+    /// Claims a slot now, if there is one, without waiting.
+    pub(super) fn claim_at_once(&mut self, eligible: &Eligible<'_>) -> Option<InFlight> {
+        self.try_claim(eligible, false).ok()
     }
 
-    /// Claims a place for a request that nobody of `tried` could be connected for, and that nobody else is there for.
+    /// Claims a slot for a request that no backend of `tried` could be connected to for, and that no other is there for.
     ///
     /// A container that is told to stop may close its port before Docker says so. If that is what has happened to all of
-    /// them, they were chosen on old news, the request has been sent nowhere, and whoever takes their place may serve it.
-    /// `None`: they are there, and refuse.
-    pub(super) async fn claim_on_news<S: Transport>(
-        &self,
-        client: &mut Client<S>,
+    /// them, they were chosen on old news, the request has been sent nowhere, and the backend that takes their place may
+    /// serve it. `None`: they are there, and refuse.
+    pub(super) async fn claim_on_news(
+        &mut self,
         model: &Model,
         tried: &[Arc<Backend>],
-        replay: &Replay,
-        exchange: &mut Exchange<'_>,
     ) -> Result<Option<InFlight>, NoAnswer> {
         let began = Instant::now();
         let all_closed = async {
@@ -274,43 +251,40 @@ impl Proxy {
                 backend.closed().await;
             }
         };
-        let news = client.unless_gone(timeout(NEWS_TIME, all_closed)).await?;
-        exchange.has_waited(began.elapsed());
+        let news = self.client.unless_gone(timeout(NEWS_TIME, all_closed)).await?;
+        self.account.has_waited(began.elapsed());
         if news.is_err() {
             return Ok(None);
         }
-        let wanted = Wanted::any_of(&model.id, tried, replay, exchange);
-        self.claim(client, &wanted, exchange).await.map(Some)
+        self.claim(&Eligible::any_of(&model.id, tried)).await.map(Some)
     }
 
-    /// Waits in the line of `model`. `otherwise`: what the client is told when it may not wait, or not any longer.
-    async fn wait<S: Transport>(
-        &self,
-        client: &mut Client<S>,
-        wanted: &Wanted<'_>,
+    /// Waits in the queue of `model`. `otherwise`: what the client is told when it may not wait, or not any longer.
+    async fn wait(
+        &mut self,
+        eligible: &Eligible<'_>,
         model: &Arc<Model>,
         mut otherwise: ProxyError,
-        exchange: &mut Exchange<'_>,
     ) -> Result<InFlight, NoAnswer> {
-        let Some(ticket) = model.waiting.join(self.queue.max, wanted.whom()) else {
+        let Some(ticket) = model.waiting.join(self.proxy.queue.max, eligible.whom()) else {
             return Err(otherwise.into());
         };
         let began = Instant::now();
-        exchange.is_in_line = true;
-        // One that is sent again has waited before, perhaps.
-        let deadline = began + self.queue.timeout.saturating_sub(exchange.in_line);
-        exchange.trace.queued(model.waiting.len());
+        self.account.is_queued();
+        // A request that is sent again may have waited before.
+        let deadline = began + self.proxy.queue.timeout.saturating_sub(self.account.queued_for);
+        self.account.trace.queued(model.waiting.len());
         let waited = loop {
             let mut until = deadline;
             if ticket.is_first() {
-                self.ask_to_be_called(wanted, model);
-                match self.try_claim(wanted, true, exchange) {
+                self.proxy.ask_to_be_called(eligible, model);
+                match self.try_claim(eligible, true) {
                     Ok(in_flight) => break Ok(in_flight),
                     Err(Delay::No(error)) => break Err(error.into()),
                     Err(Delay::Wait { rest, otherwise: now_otherwise, .. }) => {
                         otherwise = now_otherwise;
                         if let Some(rest) = rest {
-                            until = deadline.min(Instant::now() + rest.max(NAP_MIN));
+                            until = deadline.min(Instant::now() + rest.max(PAUSE_MIN));
                         }
                     }
                 }
@@ -318,25 +292,80 @@ impl Proxy {
             if Instant::now() >= deadline {
                 break Err(otherwise.into());
             }
-            if let Err(gone) = client.unless_gone(timeout_at(until, ticket.called())).await {
+            if let Err(gone) = self.client.unless_gone(timeout_at(until, ticket.called())).await {
                 break Err(gone.into());
             }
         };
         let elapsed = began.elapsed();
-        // Whose client has left has left the line.
-        exchange.is_in_line = waited.is_err();
-        exchange.has_waited(elapsed);
-        exchange.in_line += elapsed;
+        self.account.was_queued(elapsed, waited.is_ok());
         model.metrics.queue_wait.observe(elapsed);
-        exchange.trace.dequeued(elapsed);
+        self.account.trace.dequeued(elapsed);
         waited
     }
 
-    /// Whoever gives back a place that would do calls the first in the line of `model`.
-    fn ask_to_be_called(&self, wanted: &Wanted<'_>, model: &Arc<Model>) {
-        match wanted {
-            Wanted::Only(member) => member.backend.call_when_free(model),
-            Wanted::AnyOf { model: name, .. } => {
+    /// Tries once to claim a slot. Only the first in a queue (`is_first`) gets past the queue.
+    fn try_claim(&mut self, eligible: &Eligible<'_>, is_first: bool) -> Result<InFlight, Delay> {
+        let (proxy, now) = (self.proxy, Instant::now());
+        let may_change = matches!(eligible, Eligible::AnyOf { .. });
+        let table;
+        let (model, members, wanted) = match eligible {
+            Eligible::Only(member) => (&member.model, std::slice::from_ref(member), balance::Wanted::default()),
+            Eligible::AnyOf { model: name, tried, spares_the_broken } => {
+                let prompt_bytes = self.account.body_bytes(self.replay.seen_bytes());
+                let affinity = proxy.affinity.as_ref().zip(self.replay.prompt());
+                let wanted = balance::Wanted { tried, affinity, prompt_bytes, spares_the_broken: *spares_the_broken };
+                table = proxy.table.snapshot();
+                if let Some((affinity, _)) = affinity {
+                    affinity.follow(table.generation, table.backends().iter().map(|backend| backend.serial));
+                }
+                let unavailable = |why| ProxyError::ModelUnavailable { model: bounded(name), why };
+                match table.lookup(name) {
+                    Lookup::Ready(route) => (&route.model, &*route.members, wanted),
+                    Lookup::NoneReady(route) => {
+                        self.account.model = Some(route.model.clone());
+                        let otherwise = unavailable(route.why_not_ready);
+                        let model = route.model.clone();
+                        return Err(match route.is_coming {
+                            true => Delay::Wait { model, rest: None, otherwise },
+                            false => Delay::No(otherwise),
+                        });
+                    }
+                    // The model existed when the request joined the queue, so this is 503 and not 404.
+                    Lookup::Unknown if is_first => return Err(Delay::No(unavailable("its container has gone"))),
+                    Lookup::Unknown => {
+                        proxy.table.report_miss();
+                        self.account.trace.missed(name);
+                        return Err(Delay::No(ProxyError::ModelNotFound { model: bounded(name) }));
+                    }
+                }
+            }
+        };
+        let claimed = if is_first || model.waiting.may_pass(eligible.whom()) {
+            RNG.with_borrow_mut(|rng| balance::claim(members, proxy.balance, &wanted, rng, now))
+        } else {
+            Err(NoPlace::Busy { rest: None })
+        };
+        match claimed {
+            Ok(in_flight) => {
+                self.account.served_by(&in_flight);
+                Ok(in_flight)
+            }
+            Err(why) => {
+                self.account.model = Some(model.clone());
+                // Where a table is out of date, the next one, which is on its way, tells whether there is any hope.
+                let is_outdated = may_change && members.iter().all(|member| member.backend.is_closed());
+                Err(Delay::of(why, model, is_outdated))
+            }
+        }
+    }
+}
+
+impl Proxy {
+    /// Asks that a request which gives back a slot that would do calls the first in the queue of `model`.
+    fn ask_to_be_called(&self, eligible: &Eligible<'_>, model: &Arc<Model>) {
+        match eligible {
+            Eligible::Only(member) => member.backend.call_when_free(model),
+            Eligible::AnyOf { model: name, .. } => {
                 let table = self.table.snapshot();
                 if let Lookup::Ready(route) = table.lookup(name) {
                     for member in &route.members {
@@ -346,70 +375,22 @@ impl Proxy {
             }
         }
     }
+}
 
-    /// One try. Whoever is not first in line (`is_first`) does not get past a line.
-    fn try_claim(&self, wanted: &Wanted<'_>, is_first: bool, exchange: &mut Exchange<'_>) -> Result<InFlight, Delay> {
-        let now = Instant::now();
-        let may_change = matches!(wanted, Wanted::AnyOf { .. });
-        let table;
-        let (model, members, asked) = match wanted {
-            Wanted::Only(member) => (&member.model, std::slice::from_ref(member), balance::Wanted::default()),
-            Wanted::AnyOf { model: name, tried, prompt_bytes, prompt, spares_the_broken } => {
-                let (prompt_bytes, spares_the_broken) = (*prompt_bytes, *spares_the_broken);
-                let affinity = self.affinity.as_ref().zip(*prompt);
-                let asked = balance::Wanted { tried, affinity, prompt_bytes, spares_the_broken };
-                table = self.table.snapshot();
-                if let Some((affinity, _)) = affinity {
-                    affinity.follow(table.generation, table.backends().iter().map(|backend| backend.serial));
-                }
-                let unavailable = |why| ProxyError::ModelUnavailable { model: bounded(name), why };
-                match table.lookup(name) {
-                    Lookup::Ready(route) => (&route.model, &*route.members, asked),
-                    Lookup::NoneReady(route) => {
-                        exchange.model = Some(route.model.clone());
-                        let otherwise = unavailable(route.why_not_ready);
-                        let model = route.model.clone();
-                        return Err(match route.is_coming {
-                            true => Delay::Wait { model, rest: None, otherwise },
-                            false => Delay::No(otherwise),
-                        });
-                    }
-                    // Who has waited knew it when it came.
-                    Lookup::Unknown if is_first => return Err(Delay::No(unavailable("its container has gone"))),
-                    Lookup::Unknown => {
-                        self.table.report_miss();
-                        exchange.trace.missed(name);
-                        return Err(Delay::No(ProxyError::ModelNotFound { model: bounded(name) }));
-                    }
-                }
+// === impl Delay ===
+
+impl Delay {
+    /// Why the policy found no slot. `is_outdated`: the table that it chose by no longer holds.
+    fn of(why: NoPlace, model: &Arc<Model>, is_outdated: bool) -> Delay {
+        let stopping = || ProxyError::ModelUnavailable { model: bounded(&model.id), why: "it is stopping" };
+        match why {
+            NoPlace::Busy { rest } => {
+                let what = format!("every backend of `{}` is full", bounded(&model.id));
+                let otherwise = ProxyError::Overloaded { what, retry_after: rest };
+                Delay::Wait { model: model.clone(), rest, otherwise }
             }
-        };
-        let claimed = if is_first || model.waiting.may_pass(wanted.whom()) {
-            RNG.with_borrow_mut(|rng| balance::claim(members, self.balance, &asked, rng, now))
-        } else {
-            Err(NoPlace::Busy { rest: None })
-        };
-        match claimed {
-            Ok(in_flight) => {
-                exchange.served_by(&in_flight);
-                Ok(in_flight)
-            }
-            Err(why) => {
-                exchange.model = Some(model.clone());
-                let stopping = || ProxyError::ModelUnavailable { model: bounded(&model.id), why: "it is stopping" };
-                let model = model.clone();
-                Err(match why {
-                    NoPlace::Busy { rest } => {
-                        let what = format!("every backend of `{}` is full", bounded(&model.id));
-                        Delay::Wait { model, rest, otherwise: ProxyError::Overloaded { what, retry_after: rest } }
-                    }
-                    // The table is out of date; the next one, which is on its way, tells whether there is any hope.
-                    NoPlace::Nobody if may_change && members.iter().all(|member| member.backend.is_closed()) => {
-                        Delay::Wait { model, rest: None, otherwise: stopping() }
-                    }
-                    NoPlace::Nobody => Delay::No(stopping()),
-                })
-            }
+            NoPlace::Nobody if is_outdated => Delay::Wait { model: model.clone(), rest: None, otherwise: stopping() },
+            NoPlace::Nobody => Delay::No(stopping()),
         }
     }
 }

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, header};
 
-use super::Asked;
 use crate::wire::http1::head::{Known, Lines, RequestHead};
 
 /// What an answer says of other origins' scripts.
@@ -71,14 +70,14 @@ impl Cors {
     }
 
     /// The answer to a preflight: what the browser asked about is allowed where its origin is.
-    pub(super) fn preflight(&self, asked: &Asked<'_>) -> Response<Bytes> {
+    pub(super) fn preflight(&self, head: &RequestHead, cross_origin: CrossOrigin<'_>) -> Response<Bytes> {
         let mut response = Response::new(Bytes::new());
         *response.status_mut() = StatusCode::NO_CONTENT;
         let headers = response.headers_mut();
-        if asked.cross_origin.is_allowed() {
+        if cross_origin.is_allowed() {
             let methods = HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
             headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
-            let wanted = asked.head.lines.named("access-control-request-headers");
+            let wanted = head.lines.named("access-control-request-headers");
             if let Some(wanted) = wanted.and_then(|value| HeaderValue::from_bytes(value).ok()) {
                 headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted);
             }

@@ -1,30 +1,66 @@
-//! What to do when an exchange goes wrong: the failure matrix, as one pure function.
+//! The failure policy: what happens next when a request goes wrong, as one pure function.
 //!
-//! Three things decide: what failed, how far the exchange had come, and whether the request can be sent once more. An
-//! answer that has begun is never begun again by somebody else, and nothing is retried for a client that has left. What
-//! a failure says about the backend's health is part of the same table, because both are judged by the same facts.
+//! Three things decide: what failed, how far the answer had come, and what the request may still do. An answer that has
+//! begun is never begun again by another backend, and nothing is retried for a client that has left. The same table says
+//! what the backend's circuit breaker learns, because both are judged by the same facts.
+//!
+//! A [`Failure`] has one word for spans and logs, one for the metrics, one for the status page, and one error for the
+//! client. All of them stand here, so that one failure cannot be told in two ways.
 
 use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 
 use crate::{
-    base::foreign::FOREVER,
+    base::{error::ProxyError, foreign::FOREVER},
     pool::{breaker::Outcome, tally::Trouble, upstream::ConnectError},
     telemetry::metrics::Retry,
     wire::http1::head::HeadError,
 };
 
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Its answer went out whole.
+    Complete,
+    /// Its backend broke off in the middle of the answer.
+    BackendBroke,
+    /// Its client left first.
+    ClientGone,
+    /// Its client's body turned out to be wrong when the answer had begun.
+    ClientBroke,
+}
+
+impl Ending {
+    /// Why a request did not end well, as telemetry says it.
+    pub fn error(self) -> Option<&'static str> {
+        match self {
+            Ending::Complete => None,
+            Ending::BackendBroke => Some("backend_broke"),
+            Ending::ClientGone => Some("client_gone"),
+            Ending::ClientBroke => Some("client_broke"),
+        }
+    }
+}
+
 /// What went wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum What {
-    /// No connection could be had.
-    Connect(ConnectError),
-    /// The backend's connection ended: closed, reset, or cut because the backend was removed.
+pub enum Failure {
+    /// Nothing listens at the backend's address.
+    Refused,
+    /// No connection came about within the connect timeout.
+    ConnectTimedOut,
+    /// There is no route to the backend.
+    Unreachable,
+    /// The backend was stopped or removed.
+    Stopped,
+    /// The proxy itself has no descriptor, port or memory left for a connection.
+    Shortage,
+    /// The backend's connection ended: it was closed, reset, or cut because the backend was removed.
     Ended,
-    /// The backend sent what is no answer, for this reason: bad grammar, an oversized head, a flood of interim answers, an
-    /// upgrade that was not asked for. The reason is a fixed text, which holds nothing of what was sent.
-    Nonsense(&'static str),
+    /// The backend sent bytes that are no HTTP answer, for this reason: bad grammar, an oversized head, too many interim
+    /// answers, an upgrade that was not asked for. The reason is a fixed text, which holds nothing of what was sent.
+    InvalidAnswer(&'static str),
     /// A time limit that the user set ran out.
     TimedOut,
     /// The backend answered that it does not serve the request ([`is_declined`]).
@@ -32,34 +68,15 @@ pub enum What {
     /// The client left.
     ClientGone,
     /// The client's body turned out to be wrong or too large, or stood still.
-    ClientFault,
+    ClientBroke,
 }
 
-impl What {
-    /// One word for telemetry.
-    pub fn name(self) -> &'static str {
-        match self {
-            What::Connect(ConnectError::Refused) => "connection_refused",
-            What::Connect(ConnectError::TimedOut) => "connect_timeout",
-            What::Connect(ConnectError::Unreachable) => "unreachable",
-            What::Connect(ConnectError::Cut) => "backend_stopped",
-            What::Connect(ConnectError::Shortage) => "proxy_shortage",
-            What::Ended => "connection_ended",
-            What::Nonsense(_) => "invalid_answer",
-            What::TimedOut => "timeout",
-            What::Declined => "declined",
-            What::ClientGone => "client_gone",
-            What::ClientFault => "client_broke",
-        }
-    }
-}
-
-/// How far the exchange had come.
+/// How far the answer had come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// No byte of an answer has come.
     Unanswered {
-        /// The connection had carried a request before: it may have been closed while it was idle.
+        /// The connection had carried a request before: the backend may have closed it while it was idle.
         reused: bool,
     },
     /// The answer has begun, and the client knows nothing of it.
@@ -68,39 +85,41 @@ pub enum Stage {
     Answered,
 }
 
-/// What is left of a request's chances when an attempt has failed.
+/// What a request may still do when an attempt has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Left {
-    /// All of the request that was sent is still there to be sent again.
+    /// All of the request that was sent is still held, so it can be sent again.
     pub can_replay: bool,
-    /// The proxy has not yet given up its idle connections for this request.
+    /// The proxy has not yet closed its idle connections for this request.
     pub can_relieve: bool,
+    /// Another replica could serve the request, and `PROXY_RETRIES` and the retry budget of the pool allow another attempt.
+    pub may_go_elsewhere: bool,
+    /// No backend could be connected to so far, and Docker has not been asked yet whether all of them were being stopped.
+    pub may_await_news: bool,
 }
 
-/// What is to be done.
+/// What happens next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// Send again to the same backend, on a fresh connection, at once.
+pub enum Next {
+    /// The request is sent to the same backend again, over a fresh connection, at once.
     SendAgain,
-    /// Send again to another backend, if there is one and the user allows another attempt; else give up.
-    Elsewhere,
-    /// Give up the idle connections of all backends, and send again to the same backend, on a fresh connection.
+    /// The idle connections of all backends are closed, and the request is sent to the same backend again.
     Relieve,
-    /// Send again to another backend that has a place at once, if the user allows another attempt; else pass the answer on.
+    /// The request is sent to another replica, and waits for a slot of one if it must.
+    Elsewhere,
+    /// The request is sent to another replica that has a free slot; if there is none, the answer passes.
     ElsewhereAtOnce,
-    /// Pass the answer on.
+    /// The request waits for a moment to learn whether the backends were being stopped; if so, it gets another one.
+    AwaitNews,
+    /// The answer passes to the client.
     Pass,
-    /// Give up: 503, because it is the proxy that falls short.
-    Shortage,
-    /// Give up: 502.
-    BadGateway,
-    /// Give up: 504.
-    GatewayTimeout,
-    /// Answer what is wrong with the request.
+    /// The client gets the last answer that was held for it, else the error of the failure ([`Failure::error`]).
+    Fail,
+    /// The client is told what is wrong with its request.
     Refuse,
-    /// Cut the answer, with an error event first where it is a stream of events.
+    /// The answer is cut, after an error event where it is a stream of events.
     Cut,
-    /// End everything; there is nobody to tell.
+    /// Everything ends, because there is nobody to tell.
     Abandon,
 }
 
@@ -113,58 +132,143 @@ pub enum Lesson {
     Failure,
 }
 
-/// The row of the matrix for one failure.
-pub fn judge(what: What, stage: Stage, left: Left) -> (Action, Lesson) {
+/// What happens next after this failure, and what the backend's record learns from it.
+pub fn judge(failure: Failure, stage: Stage, left: Left) -> (Next, Lesson) {
     use Stage::{Answered, Begun, Unanswered};
-    let Left { can_replay, can_relieve } = left;
-    match (what, stage) {
-        // What its status teaches, `outcome` says.
-        (What::Declined, Unanswered { .. } | Begun) if can_replay => (Action::ElsewhereAtOnce, Lesson::None),
-        (What::Declined, _) => (Action::Pass, Lesson::None),
-        (What::Connect(ConnectError::Shortage), _) if can_relieve => (Action::Relieve, Lesson::None),
-        (What::Connect(ConnectError::Shortage), _) => (Action::Shortage, Lesson::None),
-        (What::ClientGone, _) => (Action::Abandon, Lesson::None),
-        (What::ClientFault, Unanswered { .. } | Begun) => (Action::Refuse, Lesson::None),
-        (What::ClientFault, Answered) => (Action::Cut, Lesson::None),
+    let elsewhere = match left {
+        Left { may_go_elsewhere: true, .. } => Next::Elsewhere,
+        Left { may_await_news: true, .. } if failure.is_of_connecting() => Next::AwaitNews,
+        _ => Next::Fail,
+    };
+    match (failure, stage) {
+        (Failure::ClientGone, _) => (Next::Abandon, Lesson::None),
+        (Failure::ClientBroke, Unanswered { .. } | Begun) => (Next::Refuse, Lesson::None),
+        (Failure::ClientBroke | Failure::Stopped, Answered) => (Next::Cut, Lesson::None),
+        // `outcome` says what the status teaches.
+        (Failure::Declined, Unanswered { .. } | Begun) if left.can_replay && left.may_go_elsewhere => {
+            (Next::ElsewhereAtOnce, Lesson::None)
+        }
+        (Failure::Declined, _) => (Next::Pass, Lesson::None),
+        (Failure::Shortage, _) if left.can_relieve => (Next::Relieve, Lesson::None),
+        (Failure::Shortage, _) => (Next::Fail, Lesson::None),
+        (Failure::Stopped, _) => (elsewhere, Lesson::None),
+        (Failure::Refused | Failure::ConnectTimedOut | Failure::Unreachable, _) => (elsewhere, Lesson::Failure),
         // The race that keep-alive cannot win: the backend closed the connection while the request was under way to it.
-        (What::Ended, Unanswered { reused: true }) if can_replay => (Action::SendAgain, Lesson::None),
-        (What::Ended, Unanswered { reused: true }) => (Action::BadGateway, Lesson::None),
-        (What::Connect(ConnectError::Cut), _) => (Action::Elsewhere, Lesson::None),
-        (What::Connect(_), _) => (Action::Elsewhere, Lesson::Failure),
-        (What::Ended, Unanswered { reused: false }) if can_replay => (Action::Elsewhere, Lesson::Failure),
-        (What::Ended, Unanswered { reused: false } | Begun) => (Action::BadGateway, Lesson::Failure),
-        (What::Nonsense(_), Unanswered { .. } | Begun) => (Action::BadGateway, Lesson::Failure),
-        // It stops working on it when its connection is closed.
-        (What::TimedOut, Unanswered { .. }) if can_replay => (Action::Elsewhere, Lesson::Failure),
-        (What::TimedOut, Unanswered { .. } | Begun) => (Action::GatewayTimeout, Lesson::Failure),
-        (What::Ended | What::Nonsense(_) | What::TimedOut, Answered) => (Action::Cut, Lesson::Failure),
+        (Failure::Ended, Unanswered { reused: true }) if left.can_replay => (Next::SendAgain, Lesson::None),
+        (Failure::Ended, Unanswered { reused: true }) => (Next::Fail, Lesson::None),
+        (Failure::Ended, Unanswered { reused: false }) if left.can_replay => (elsewhere, Lesson::Failure),
+        // The backend stops working on the request when its connection is closed.
+        (Failure::TimedOut, Unanswered { .. }) if left.can_replay => (elsewhere, Lesson::Failure),
+        (Failure::Ended | Failure::TimedOut | Failure::InvalidAnswer(_), Unanswered { .. } | Begun) => {
+            (Next::Fail, Lesson::Failure)
+        }
+        (Failure::Ended | Failure::TimedOut | Failure::InvalidAnswer(_), Answered) => (Next::Cut, Lesson::Failure),
     }
 }
 
-/// What people are told of a failure; nothing of what was not the backend's fault.
-pub fn trouble(what: What) -> Option<Trouble> {
-    match what {
-        What::Connect(ConnectError::Refused) => Some(Trouble::Refused),
-        What::Connect(ConnectError::TimedOut) => Some(Trouble::ConnectTimedOut),
-        What::Connect(ConnectError::Unreachable) => Some(Trouble::Unreachable),
-        What::Ended => Some(Trouble::Ended),
-        What::Nonsense(why) => Some(Trouble::Nonsense(why)),
-        What::TimedOut => Some(Trouble::TimedOut),
-        What::Connect(ConnectError::Cut | ConnectError::Shortage) => None,
-        // The status tells.
-        What::Declined => None,
-        What::ClientGone | What::ClientFault => None,
+// === impl Failure ===
+
+impl Failure {
+    /// One word for spans and logs.
+    pub fn word(self) -> &'static str {
+        match self {
+            Failure::Refused => "connection_refused",
+            Failure::ConnectTimedOut => "connect_timeout",
+            Failure::Unreachable => "unreachable",
+            Failure::Stopped => "backend_stopped",
+            Failure::Shortage => "proxy_shortage",
+            Failure::Ended => "connection_ended",
+            Failure::InvalidAnswer(_) => "invalid_answer",
+            Failure::TimedOut => "timeout",
+            Failure::Declined => "declined",
+            Failure::ClientGone => "client_gone",
+            Failure::ClientBroke => "client_broke",
+        }
+    }
+
+    /// No connection came about, so the backend has not seen the request.
+    pub fn is_of_connecting(self) -> bool {
+        matches!(
+            self,
+            Failure::Refused | Failure::ConnectTimedOut | Failure::Unreachable | Failure::Stopped | Failure::Shortage
+        )
+    }
+
+    /// Why an answer that had begun was cut: one of [`crate::telemetry::metrics::CUT_REASONS`].
+    pub fn cut_reason(self) -> &'static str {
+        match self {
+            Failure::Stopped => "stopped",
+            Failure::InvalidAnswer(_) => "framing",
+            Failure::TimedOut => "silent",
+            Failure::ClientGone | Failure::ClientBroke => "request",
+            _ => "ended",
+        }
+    }
+
+    /// Why a second attempt is made after this, for the metrics.
+    pub fn retry(self) -> Retry {
+        match self {
+            Failure::TimedOut => Retry::TimedOut,
+            failure if failure.is_of_connecting() => Retry::Connect,
+            _ => Retry::Ended,
+        }
+    }
+
+    /// What the status page says of the backend; nothing of what was not its fault.
+    pub fn trouble(self, stage: Stage) -> Option<Trouble> {
+        Some(match (self, stage) {
+            (Failure::Refused, _) => Trouble::Refused,
+            (Failure::ConnectTimedOut, _) => Trouble::ConnectTimedOut,
+            (Failure::Unreachable, _) => Trouble::Unreachable,
+            (Failure::Ended | Failure::TimedOut, Stage::Answered) => Trouble::BrokeOff,
+            (Failure::InvalidAnswer(why), Stage::Answered) => Trouble::BadFraming(why),
+            (Failure::Ended, _) => Trouble::Ended,
+            (Failure::InvalidAnswer(why), _) => Trouble::Nonsense(why),
+            (Failure::TimedOut, _) => Trouble::TimedOut,
+            // The status of a declined request tells more.
+            (Failure::Stopped | Failure::Shortage | Failure::Declined, _) => return None,
+            (Failure::ClientGone | Failure::ClientBroke, _) => return None,
+        })
+    }
+
+    /// What the client is told when nothing more can be tried. `limit`: the time that the backend had, and the variable
+    /// that says so.
+    pub fn error(
+        self,
+        stage: Stage,
+        backend: &str,
+        attempts: u32,
+        limit: Option<(Duration, &'static str)>,
+    ) -> ProxyError {
+        let backend = backend.to_owned();
+        let what = match (self, limit) {
+            (Failure::Shortage, _) => return ProxyError::Shortage,
+            (Failure::InvalidAnswer(why), _) => return ProxyError::BadAnswer { backend, why, attempts },
+            (Failure::TimedOut, Some((limit, knob))) => return ProxyError::BackendTimeout { backend, limit, knob },
+            (Failure::Refused, _) => "refused the connection",
+            (Failure::ConnectTimedOut, _) => "did not accept the connection in time",
+            (Failure::Unreachable, _) => "could not be reached",
+            (Failure::Stopped, _) => "was stopped",
+            (Failure::Ended, _) if stage == Stage::Begun => "closed the connection within the head of its answer",
+            _ => "closed the connection before it answered",
+        };
+        ProxyError::Backend { backend, what, attempts }
     }
 }
 
-/// Why a second attempt is made after this, for the metrics.
-pub fn retry(what: What) -> Retry {
-    match what {
-        What::Connect(_) => Retry::Connect,
-        What::TimedOut => Retry::TimedOut,
-        What::Ended | What::Nonsense(_) | What::Declined | What::ClientGone | What::ClientFault => Retry::Ended,
+impl From<ConnectError> for Failure {
+    fn from(error: ConnectError) -> Failure {
+        match error {
+            ConnectError::Refused => Failure::Refused,
+            ConnectError::TimedOut => Failure::ConnectTimedOut,
+            ConnectError::Unreachable => Failure::Unreachable,
+            ConnectError::Shortage => Failure::Shortage,
+            ConnectError::Cut => Failure::Stopped,
+        }
     }
 }
+
+// === what bytes and statuses mean ===
 
 /// Whether an answer of this status says that the request was not served, so that another replica may do better. Not 501
 /// and the like, which speak of the request.
@@ -222,6 +326,23 @@ fn wait(text: &[u8], clock: impl FnOnce() -> SystemTime) -> Option<Duration> {
 mod tests {
     use super::*;
 
+    const ALL: Left = Left { can_replay: true, can_relieve: true, may_go_elsewhere: true, may_await_news: true };
+    const STAGES: [Stage; 4] =
+        [Stage::Unanswered { reused: false }, Stage::Unanswered { reused: true }, Stage::Begun, Stage::Answered];
+    const FAILURES: [Failure; 11] = [
+        Failure::Refused,
+        Failure::ConnectTimedOut,
+        Failure::Unreachable,
+        Failure::Stopped,
+        Failure::Shortage,
+        Failure::Ended,
+        Failure::InvalidAnswer("why"),
+        Failure::TimedOut,
+        Failure::Declined,
+        Failure::ClientGone,
+        Failure::ClientBroke,
+    ];
+
     #[test]
     fn what_a_status_teaches() {
         let clock = || SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
@@ -259,70 +380,97 @@ mod tests {
     }
 
     #[test]
-    fn the_matrix() {
+    fn the_policy() {
         let fresh = Stage::Unanswered { reused: false };
         let reused = Stage::Unanswered { reused: true };
         let failed = Lesson::Failure;
-        for (what, stage, can_replay, action, lesson) in [
-            (What::Connect(ConnectError::Refused), fresh, true, Action::Elsewhere, failed),
-            (What::Connect(ConnectError::TimedOut), fresh, true, Action::Elsewhere, failed),
-            (What::Connect(ConnectError::Unreachable), fresh, true, Action::Elsewhere, failed),
-            (What::Connect(ConnectError::Cut), fresh, true, Action::Elsewhere, Lesson::None),
-            (What::Ended, reused, true, Action::SendAgain, Lesson::None),
-            (What::Ended, reused, false, Action::BadGateway, Lesson::None),
-            (What::Ended, fresh, true, Action::Elsewhere, failed),
-            (What::Ended, fresh, false, Action::BadGateway, failed),
-            (What::Ended, Stage::Begun, true, Action::BadGateway, failed),
-            (What::Ended, Stage::Answered, true, Action::Cut, failed),
-            (What::Nonsense("why"), fresh, true, Action::BadGateway, failed),
-            (What::Nonsense("why"), Stage::Begun, true, Action::BadGateway, failed),
-            (What::Nonsense("why"), Stage::Answered, false, Action::Cut, failed),
-            (What::Connect(ConnectError::Shortage), fresh, true, Action::Relieve, Lesson::None),
-            (What::TimedOut, fresh, true, Action::Elsewhere, failed),
-            (What::TimedOut, reused, true, Action::Elsewhere, failed),
-            (What::TimedOut, fresh, false, Action::GatewayTimeout, failed),
-            (What::TimedOut, Stage::Begun, true, Action::GatewayTimeout, failed),
-            (What::Declined, Stage::Begun, true, Action::ElsewhereAtOnce, Lesson::None),
-            (What::Declined, Stage::Begun, false, Action::Pass, Lesson::None),
-            (What::Declined, Stage::Answered, true, Action::Pass, Lesson::None),
-            (What::TimedOut, Stage::Answered, false, Action::Cut, failed),
-            (What::ClientFault, fresh, true, Action::Refuse, Lesson::None),
-            (What::ClientFault, Stage::Answered, true, Action::Cut, Lesson::None),
-            (What::ClientGone, fresh, true, Action::Abandon, Lesson::None),
-            (What::ClientGone, Stage::Answered, true, Action::Abandon, Lesson::None),
+        for (failure, stage, can_replay, next, lesson) in [
+            (Failure::Refused, fresh, true, Next::Elsewhere, failed),
+            (Failure::ConnectTimedOut, fresh, true, Next::Elsewhere, failed),
+            (Failure::Unreachable, fresh, true, Next::Elsewhere, failed),
+            (Failure::Stopped, fresh, true, Next::Elsewhere, Lesson::None),
+            (Failure::Stopped, Stage::Answered, true, Next::Cut, Lesson::None),
+            (Failure::Shortage, fresh, true, Next::Relieve, Lesson::None),
+            (Failure::Ended, reused, true, Next::SendAgain, Lesson::None),
+            (Failure::Ended, reused, false, Next::Fail, Lesson::None),
+            (Failure::Ended, fresh, true, Next::Elsewhere, failed),
+            (Failure::Ended, fresh, false, Next::Fail, failed),
+            (Failure::Ended, Stage::Begun, true, Next::Fail, failed),
+            (Failure::Ended, Stage::Answered, true, Next::Cut, failed),
+            (Failure::InvalidAnswer("why"), fresh, true, Next::Fail, failed),
+            (Failure::InvalidAnswer("why"), Stage::Begun, true, Next::Fail, failed),
+            (Failure::InvalidAnswer("why"), Stage::Answered, false, Next::Cut, failed),
+            (Failure::TimedOut, fresh, true, Next::Elsewhere, failed),
+            (Failure::TimedOut, reused, true, Next::Elsewhere, failed),
+            (Failure::TimedOut, fresh, false, Next::Fail, failed),
+            (Failure::TimedOut, Stage::Begun, true, Next::Fail, failed),
+            (Failure::TimedOut, Stage::Answered, false, Next::Cut, failed),
+            (Failure::Declined, Stage::Begun, true, Next::ElsewhereAtOnce, Lesson::None),
+            (Failure::Declined, Stage::Begun, false, Next::Pass, Lesson::None),
+            (Failure::Declined, Stage::Answered, true, Next::Pass, Lesson::None),
+            (Failure::ClientBroke, fresh, true, Next::Refuse, Lesson::None),
+            (Failure::ClientBroke, Stage::Answered, true, Next::Cut, Lesson::None),
+            (Failure::ClientGone, fresh, true, Next::Abandon, Lesson::None),
+            (Failure::ClientGone, Stage::Answered, true, Next::Abandon, Lesson::None),
         ] {
-            let left = Left { can_replay, can_relieve: true };
-            assert_eq!(judge(what, stage, left), (action, lesson), "{what:?} {stage:?} {can_replay}");
-            let without = match action {
-                Action::Relieve => Action::Shortage,
-                action => action,
+            let left = Left { can_replay, ..ALL };
+            assert_eq!(judge(failure, stage, left), (next, lesson), "{failure:?} {stage:?} {can_replay}");
+            assert!(lesson == Lesson::None || failure.trouble(stage).is_some(), "{failure:?} must have a name");
+            let without = |left: Left| judge(failure, stage, Left { can_replay, ..left }).0;
+            let unrelieved = if next == Next::Relieve { Next::Fail } else { next };
+            assert_eq!(without(Left { can_relieve: false, ..ALL }), unrelieved, "{failure:?}");
+            // Where no other replica may be asked, only old news about all of them is worth a moment.
+            let alone = match next {
+                Next::Elsewhere if failure.is_of_connecting() => Next::AwaitNews,
+                Next::Elsewhere => Next::Fail,
+                Next::ElsewhereAtOnce => Next::Pass,
+                next => next,
             };
-            assert_eq!(judge(what, stage, Left { can_relieve: false, ..left }), (without, lesson), "{what:?}");
-            assert!(lesson == Lesson::None || trouble(what).is_some(), "{what:?} must have a name");
+            assert_eq!(without(Left { may_go_elsewhere: false, ..ALL }), alone, "{failure:?} {stage:?}");
+            let last = if alone == Next::AwaitNews { Next::Fail } else { alone };
+            let nothing_left = Left { may_go_elsewhere: false, may_await_news: false, ..ALL };
+            assert_eq!(without(nothing_left), last, "{failure:?} {stage:?}");
         }
     }
 
     #[test]
     fn nothing_is_sent_twice_once_an_answer_has_begun_or_the_client_has_gone() {
-        let stages =
-            [Stage::Unanswered { reused: false }, Stage::Unanswered { reused: true }, Stage::Begun, Stage::Answered];
-        let all =
-            [What::Ended, What::Nonsense("why"), What::TimedOut, What::Declined, What::ClientGone, What::ClientFault];
-        for what in all {
-            for stage in stages {
+        for failure in FAILURES.into_iter().filter(|failure| !failure.is_of_connecting()) {
+            for stage in STAGES {
                 for can_replay in [false, true] {
-                    let action = judge(what, stage, Left { can_replay, can_relieve: true }).0;
-                    let again = matches!(action, Action::SendAgain | Action::Elsewhere | Action::ElsewhereAtOnce);
+                    let next = judge(failure, stage, Left { can_replay, ..ALL }).0;
+                    let again = matches!(next, Next::SendAgain | Next::Elsewhere | Next::ElsewhereAtOnce);
                     let may = can_replay
-                        && match what {
-                            What::Ended | What::TimedOut => matches!(stage, Stage::Unanswered { .. }),
-                            // Its answer is held back until it is clear that it will not be bettered.
-                            What::Declined => stage != Stage::Answered,
+                        && match failure {
+                            Failure::Ended | Failure::TimedOut => matches!(stage, Stage::Unanswered { .. }),
+                            // Its answer is held back until it is clear that no other replica gives a better one.
+                            Failure::Declined => stage != Stage::Answered,
                             _ => false,
                         };
-                    assert_eq!(again, may, "{what:?} {stage:?} {can_replay}");
+                    assert_eq!(again, may, "{failure:?} {stage:?} {can_replay}");
+                    assert_ne!(next, Next::AwaitNews, "{failure:?}: the backend has seen the request");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn words_are_different_and_errors_say_whose_fault_it_was() {
+        let words: std::collections::BTreeSet<&str> = FAILURES.iter().map(|failure| failure.word()).collect();
+        assert_eq!(words.len(), FAILURES.len());
+        let limit = Some((Duration::from_secs(5), "PROXY_FIRST_BYTE_TIMEOUT"));
+        for (failure, stage, code) in [
+            (Failure::Refused, STAGES[0], "backend_error"),
+            (Failure::Stopped, STAGES[0], "backend_error"),
+            (Failure::Ended, Stage::Begun, "backend_error"),
+            (Failure::InvalidAnswer("why"), Stage::Begun, "backend_error"),
+            (Failure::TimedOut, STAGES[1], "backend_timeout"),
+            (Failure::Shortage, STAGES[0], "proxy_shortage"),
+        ] {
+            assert_eq!(failure.error(stage, "b", 1, limit).code(), code, "{failure:?}");
+        }
+        for failure in FAILURES {
+            assert!(crate::telemetry::metrics::CUT_REASONS.contains(&failure.cut_reason()), "{failure:?}");
         }
     }
 

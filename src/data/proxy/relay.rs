@@ -14,6 +14,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use super::{
     attempt::{ANSWER_READ_BYTES, Attempt, Stop},
     client::{Client, Gone, READ_BYTES, Transport, with_scratch},
+    failure::Failure,
     headers::Delivery,
 };
 use crate::{
@@ -82,15 +83,14 @@ pub enum Relayed {
     Gone,
 }
 
-impl Cut {
-    /// As a label's value: one of [`crate::telemetry::metrics::CUT_REASONS`].
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Cut::Ended => "ended",
-            Cut::Stopped => "stopped",
-            Cut::Framing(_) => "framing",
-            Cut::Silent(_) => "silent",
-            Cut::Request => "request",
+impl From<Cut> for Failure {
+    fn from(cut: Cut) -> Failure {
+        match cut {
+            Cut::Ended => Failure::Ended,
+            Cut::Stopped => Failure::Stopped,
+            Cut::Framing(error) => Failure::InvalidAnswer(error.why()),
+            Cut::Silent(_) => Failure::TimedOut,
+            Cut::Request => Failure::ClientBroke,
         }
     }
 }
@@ -310,7 +310,9 @@ fn poll_client<S: Transport>(
         match attempt.poll_upload(cx, client, replay) {
             Ok(()) => {}
             Err(Stop::Gone) => return Poll::Ready(Relayed::Gone),
-            Err(Stop::Fault(_) | Stop::TooSlow | Stop::Failed(..)) => return Poll::Ready(Relayed::Cut(Cut::Request)),
+            Err(Stop::Fault(_) | Stop::TooSlow | Stop::Failed(..) | Stop::Refused(_)) => {
+                return Poll::Ready(Relayed::Cut(Cut::Request));
+            }
         }
     }
     match replay.is_over() {

@@ -1,3 +1,5 @@
+use std::{sync::Arc, time::Duration};
+
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
     sync::mpsc,
@@ -7,8 +9,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    observe::{pages::live::Live, report::Reporter},
+    base::config::Config,
+    observe::{
+        pages::{Admin, live::Live},
+        report::Reporter,
+    },
     pool::table,
+    telemetry::metrics::Metrics,
 };
 
 const SECOND: Duration = Duration::from_secs(1);

@@ -11,7 +11,7 @@ use opentelemetry::{
 };
 use opentelemetry_sdk::trace::Span;
 
-use super::exchange::Ending;
+use super::failure::Ending;
 use crate::{
     pool::backend::{Backend, Model},
     telemetry::{
@@ -67,7 +67,7 @@ pub struct TraceHeaders {
 
 /// How a request ended, as far as its spans tell.
 #[derive(Debug)]
-pub struct Account<'a> {
+pub struct Summary<'a> {
     /// The head it came with.
     pub head: &'a RequestHead,
     /// Its id.
@@ -209,9 +209,9 @@ impl Trace {
     }
 
     /// The request has ended.
-    pub fn end(&mut self, account: &Account<'_>) {
+    pub fn end(&mut self, summary: &Summary<'_>) {
         if let Trace::On(on) = std::mem::take(self) {
-            on.end(account);
+            on.end(summary);
         }
     }
 
@@ -231,14 +231,14 @@ impl TraceHeaders {
 // === impl Recording ===
 
 impl Recording {
-    fn end(mut self, account: &Account<'_>) {
-        let Account { head, status, ending, .. } = *account;
+    fn end(mut self, summary: &Summary<'_>) {
+        let Summary { head, status, ending, .. } = *summary;
         let error = error_type(status, ending);
         if let Some(mut attempt) = self.attempt.take() {
-            if let Some(usage) = &account.usage {
+            if let Some(usage) = &summary.usage {
                 attempt.set_attributes(usage_attributes(usage));
             }
-            if account.backend.is_some_and(Backend::is_closed) {
+            if summary.backend.is_some_and(Backend::is_closed) {
                 attempt.add_event("backend.draining", Vec::new());
             }
             if let Some(error) = &error {
@@ -268,12 +268,12 @@ impl Recording {
             KeyValue::new("http.response.status_code", i64::from(status)),
             KeyValue::new("http.status_code", i64::from(status)),
             KeyValue::new("network.protocol.version", version),
-            KeyValue::new("client.address", account.client_ip.to_string()),
+            KeyValue::new("client.address", summary.client_ip.to_string()),
             KeyValue::new("gen_ai.operation.name", route.operation().gen_ai_name()),
             KeyValue::new("gen_ai.provider.name", route.operation().provider()),
             KeyValue::new("streaming", self.streams),
-            KeyValue::new("http.response.body.size", int(account.response_bytes)),
-            KeyValue::new("request.id", shown(account.request_id)),
+            KeyValue::new("http.response.body.size", int(summary.response_bytes)),
+            KeyValue::new("request.id", shown(summary.request_id)),
         ];
         if let Some(agent) = head.lines.iter().find(|header| header.name.eq_ignore_ascii_case(b"user-agent")) {
             attributes.push(KeyValue::new("user_agent.original", shown(&String::from_utf8_lossy(agent.value))));
@@ -283,11 +283,11 @@ impl Recording {
             attributes.push(KeyValue::new("server.address", shown(name)));
             attributes.extend(port.map(|port| KeyValue::new("server.port", i64::from(port))));
         }
-        if let Some(model) = account.model {
+        if let Some(model) = summary.model {
             attributes.push(KeyValue::new("model", model.id.to_string()));
             attributes.push(KeyValue::new("gen_ai.request.model", model.id.to_string()));
         }
-        if let Some(backend) = account.backend {
+        if let Some(backend) = summary.backend {
             let url = format!("http://{}{}", backend.authority, backend.spec.base_path);
             attributes.push(KeyValue::new("backend_url", url));
             attributes.push(KeyValue::new("container.id", backend.spec.id.to_string()));
@@ -299,7 +299,7 @@ impl Recording {
         if verb != method {
             attributes.push(KeyValue::new("http.request.method_original", shown(head.method.as_str())));
         }
-        if let Some(finish) = account.usage.as_ref().and_then(finish_attribute) {
+        if let Some(finish) = summary.usage.as_ref().and_then(finish_attribute) {
             attributes.push(finish);
         }
         if let Some(error) = error {

@@ -281,9 +281,13 @@ impl Replay {
         self.scanner.is_some()
     }
 
-    /// What is left of the body, for reading it to its end without sending it. What was held is let go.
-    pub fn into_rest(self) -> BodyDecoder {
-        self.decoder
+    /// Lets go of all that is held, because nothing of it is sent any more. Returns what reads the rest of the body to its
+    /// end.
+    pub fn let_go(&mut self) -> BodyDecoder {
+        self.scanner = None;
+        self.prompt = None;
+        self.held = Held::new(self.limits.clone());
+        std::mem::replace(&mut self.decoder, BodyDecoder::new(Framing::Empty))
     }
 
     /// The routing key, once it has been read.

@@ -198,7 +198,7 @@ fn what_is_held_is_counted_and_given_back() {
     }
     let counted = limits.held_bytes();
     assert!((200 * KIB..=208 * KIB).contains(&counted), "{counted}: all of it");
-    let rest = replay.into_rest();
+    let rest = replay.let_go();
     assert_eq!((limits.held_bytes(), rest.is_done()), (0, true));
 }
 
