@@ -72,7 +72,7 @@ class Page(unittest.TestCase):
         docker = cls.stack._docker
         docker.run("vllm-qwen", 9, {"inference.network": "inference-net"})
         docker.run("sglang-mixtral", 1, {})
-        docker.run(HOSTILE, 1, {"inference.enable": "maybe", "inference.prot": "1"})
+        cls.hostile = docker.run(HOSTILE, 1, {"inference.enable": "maybe", "inference.prot": "1"})
         cls.stack.run("odd", [HOSTILE_MODEL])
         cls.browser = Browser()
         cls.addClassCleanup(cls.browser.close)
@@ -180,7 +180,16 @@ class Page(unittest.TestCase):
         eventually("all three are refused", lambda: len([e for e in page.errors if e.startswith("policy:")]) >= 3)
         page.errors.clear()
 
-    def test_7_says_when_the_proxy_is_gone(self):
+    def test_7_tells_what_is_limited_and_takes_no_name_in_it_for_markup(self):
+        page = self.browser
+        self.assertEqual(page.eval("document.querySelector('#notes').hidden"), True)
+        self.stack._docker.refuse(self.hostile)
+        page.until("the note is shown", has("inspect fails for " + HOSTILE, "document.querySelector('#notes').innerText"))
+        self.assertEqual(page.eval("document.querySelector('#notes').hidden"), False)
+        self.assertEqual(page.eval("document.querySelectorAll('#notes img').length"), 0)
+        self.assertNotEqual(page.eval("document.title"), "taken")
+
+    def test_8_says_when_the_proxy_is_gone(self):
         page = self.browser
         self.stack.proxy.kill()
         page.until("that is said", "!document.querySelector('#lost').hidden")

@@ -87,6 +87,7 @@ class DockerApi:
         self._lock = threading.Lock()
         self._containers: dict[str, Container] = {}
         self._made = 0
+        self._refused: set[str] = set()
         self._listeners: list[queue.SimpleQueue] = []
         self._server = _Server(socket, _Handler)
         self._server.api = self
@@ -108,6 +109,17 @@ class DockerApi:
             if self._containers.pop(container.id, None):
                 for action in ("die", "destroy"):
                     self._tell(container.event(action))
+
+    def refuse(self, container: Container) -> None:
+        """From now on nobody may inspect it, and something about it has changed."""
+        with self._lock:
+            self._refused.add(container.id)
+            self._tell(container.event("update"))
+
+    def is_refused(self, container: Container) -> bool:
+        """Whether nobody may inspect it."""
+        with self._lock:
+            return container.id in self._refused
 
     def close(self) -> None:
         """Ends the event streams and the server."""
@@ -153,7 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, [container.summary() for container in api.running()])
         elif asked := re.fullmatch(r"/containers/([^/]+)/json", path):
             found = [c for c in api.running() if asked[1] in (c.id, c.name)]
-            if found:
+            if found and api.is_refused(found[0]):
+                self._answer(403, {"message": "not allowed"})
+            elif found:
                 self._answer(200, found[0].inspected())
             else:
                 self._answer(404, {"message": f"No such container: {asked[1]}"})

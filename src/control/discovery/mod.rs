@@ -30,6 +30,11 @@ pub type EndpointId = Arc<str>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Incarnation(pub i64);
 
+impl Incarnation {
+    /// A start whose time is not known: it may be any.
+    pub const UNKNOWN: Incarnation = Incarnation(0);
+}
+
 /// Whether the process of an endpoint runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -65,6 +70,17 @@ pub struct HealthCheck {
     pub overdue_after: Duration,
     /// Another number after each check that has ended; its value means nothing.
     pub mark: u64,
+}
+
+// === impl Note ===
+
+impl std::fmt::Display for Note {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.advice {
+            Some(advice) => write!(f, "{}; {advice}", self.what),
+            None => f.write_str(&self.what),
+        }
+    }
 }
 
 // === impl HealthCheck ===
@@ -127,6 +143,15 @@ pub struct Obstacle {
     pub advice: String,
 }
 
+/// Something that people should know about what a source sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// What is limited or unusual.
+    pub what: String,
+    /// What the user can do about it; `None` if nothing needs to be done.
+    pub advice: Option<String>,
+}
+
 /// Something that a source has seen or heard.
 #[derive(Debug, Clone)]
 pub enum Change {
@@ -145,7 +170,7 @@ pub enum Change {
     /// Its process has ended.
     Ended(EndpointId),
     /// What is limited or unusual about the source's sight, though it sees: all of it, each time that it changes.
-    Notes(Vec<Obstacle>),
+    Notes(Vec<Note>),
 }
 
 /// The source cannot see at the moment; it keeps trying. Nothing that is known becomes false by this.

@@ -29,7 +29,7 @@ use crate::{
         foreign::few,
     },
     control::{
-        discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Obstacle, Phase},
+        discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Incarnation, Note, Phase},
         labels,
         lifecycle::{Effect, Event, Lifecycle, State, Unfit},
         probe::{self, Answer, FailureKind, HealthPath, Listing, MODELS_MAX, ProbeHandle, Target},
@@ -181,7 +181,7 @@ struct Sight {
     /// The last trouble, until it is over.
     error: Option<DiscoveryError>,
     /// What is limited, though it sees.
-    notes: Vec<Obstacle>,
+    notes: Vec<Note>,
     /// When it is over, if nothing else comes.
     settles_at: Option<Instant>,
     last_sync: Option<OffsetDateTime>,
@@ -313,11 +313,14 @@ impl Registry {
     }
 
     /// Says what is new of what is limited about discovery's sight.
-    fn on_notes(&mut self, notes: Vec<Obstacle>) {
+    fn on_notes(&mut self, notes: Vec<Note>) {
         for note in notes.iter().filter(|note| !self.discovery.notes.contains(note)) {
-            let Obstacle { what, advice } = note;
-            tracing::warn!(source = self.source, "{what}; {advice}");
-            self.events.push(OffsetDateTime::now_utc(), Kind::DiscoveryNote, None, true, what.clone());
+            let needs_doing = note.advice.is_some();
+            match needs_doing {
+                true => tracing::warn!(source = self.source, "{note}"),
+                false => tracing::info!(source = self.source, "{note}"),
+            }
+            self.events.push(OffsetDateTime::now_utc(), Kind::DiscoveryNote, None, needs_doing, note.what.clone());
         }
         self.discovery.notes = notes;
     }
@@ -356,7 +359,13 @@ impl Registry {
         let id = endpoint.id.clone();
         // Sources report in the order in which they saw, so another run is a later one, whatever its time says: clocks are
         // put back.
-        if self.entries.get(&id).is_some_and(|entry| entry.endpoint.incarnation != endpoint.incarnation) {
+        let is_another = |entry: &Entry| {
+            // A container of which nothing has been learnt but that it is there is still the same once more is known.
+            let is_learnt = entry.probe.is_some() || entry.backend.is_some() || !entry.pools.is_empty();
+            let was_unknown = entry.endpoint.incarnation == Incarnation::UNKNOWN;
+            entry.endpoint.incarnation != endpoint.incarnation && (is_learnt || !was_unknown)
+        };
+        if self.entries.get(&id).is_some_and(is_another) {
             self.on_event(&id, Event::Ended);
         }
         if endpoint.phase == Phase::Stopped {
@@ -851,7 +860,7 @@ impl Registry {
                 last_sync: self.discovery.last_sync.map(rfc3339),
                 error: self.discovery.error.as_ref().map(|error| error.what.clone()),
                 advice: self.discovery.error.as_ref().map(|error| error.advice.clone()),
-                notes: self.discovery.notes.iter().map(|note| format!("{}; {}", note.what, note.advice)).collect(),
+                notes: self.discovery.notes.iter().map(ToString::to_string).collect(),
             },
             models: self.model_statuses(),
             containers,

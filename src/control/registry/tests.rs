@@ -16,7 +16,7 @@ use crate::{
     base::fetch::FetchError,
     control::{
         discovery::{
-            Health, HealthCheck, Incarnation,
+            Health, HealthCheck, Incarnation, Obstacle,
             fixed::{self, EndpointBuilder, FixedHandle},
         },
         probe::ProbeError,
@@ -335,6 +335,45 @@ async fn a_container_that_has_never_been_well_is_waited_for_whatever_its_check_s
 }
 
 /// Docker >= 28 tells that a container has left its network before it tells that it has ended.
+/// What has been told of containers, without their names.
+fn told_of_all(bench: &mut Bench) -> Vec<String> {
+    bench.registry.status().events.into_iter().filter(|event| event.container.is_some()).map(|e| e.text).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_cannot_be_read_at_first_has_not_ended_when_it_can() {
+    let unread = || {
+        let mut endpoint: Endpoint = container("c1").into();
+        endpoint.incarnation = Incarnation::UNKNOWN;
+        let (what, advice) = ("the engine does not tell about it".to_owned(), "wait".to_owned());
+        endpoint.reach = Err(Obstacle { what, advice });
+        Change::Upsert(Box::new(endpoint))
+    };
+    let mut bench = bench(|_| {});
+    bench.change(unread());
+    bench.change(upsert(container("c1").incarnation(7)));
+    bench.answer("c1", &["m"]);
+    let told = told_of_all(&mut bench);
+    assert!(told.last().unwrap().starts_with("is live"), "{told:?}");
+    assert!(!told.iter().any(|text| text.contains("has ended")), "{told:?}");
+    assert_eq!(bench.table(), ["m: c1"]);
+    // A run that is known and another one are two, also where the other one cannot be read yet.
+    bench.change(unread());
+    assert_eq!(bench.table(), ["m: -"]);
+    assert_eq!(told_of_all(&mut bench).iter().filter(|text| text.contains("has ended")).count(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_note_without_advice_alarms_nobody() {
+    let mut bench = bench(|_| {});
+    let note = |what: &str, advice: Option<&str>| Note { what: what.to_owned(), advice: advice.map(str::to_owned) };
+    bench.change(Change::Notes(vec![note("odd but fine", None), note("limited", Some("do this"))]));
+    let status = bench.registry.status();
+    assert_eq!(status.discovery.notes, ["odd but fine", "limited; do this"]);
+    let told: Vec<(bool, &str)> = status.events.iter().map(|event| (event.warning, event.text.as_str())).collect();
+    assert_eq!(told, [(false, "odd but fine"), (true, "limited")]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_crash_is_told_as_an_end_and_a_lost_network_as_a_lost_network() {
     let lost = || {

@@ -20,6 +20,7 @@ use bollard::{BollardRequest, Docker, errors::Error};
 use bytes::Bytes;
 use futures::{Stream, StreamExt as _};
 use http::{HeaderValue, Uri, header, uri::PathAndQuery};
+use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
@@ -35,6 +36,7 @@ use super::{
     answers::{self, Line, Lines, Listed},
     event::{self, Message, Notice},
     inspect::Inspected,
+    paths::{Call, Paths},
 };
 use crate::{base::config::DockerEndpoint, control::discovery::DiscoveryError};
 
@@ -50,10 +52,11 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// Events between the reader and the loop. More than that at once means that the list is compared instead.
 const EVENTS_MAX: usize = 1024;
-/// API versions that are tried where paths without one are refused, as minor versions of 1: first those of the engines in
-/// use (Docker 29 takes none below 1.44, Docker 20.10 none above 1.41, Podman calls itself 1.41), then all others.
-const VERSIONS_FIRST: [u16; 3] = [44, 41, 40];
-const VERSIONS_ALL: std::ops::RangeInclusive<u16> = 24..=60;
+/// How much of the body of an error is read, and for how long: enough for an engine's own words.
+const ERROR_BYTES_MAX: usize = 64 << 10;
+const ERROR_TIMEOUT: Duration = Duration::from_secs(2);
+/// An event stream that is not refused within this time is taken.
+const REFUSED_WITHIN: Duration = Duration::from_secs(1);
 /// What stands for itself in a path or a query.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
@@ -62,8 +65,8 @@ const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_'
 pub(super) struct Engine {
     client: Docker,
     pub(super) host: Arc<str>,
-    /// What stands before every path: nothing, or `/v1.44`.
-    prefix: Arc<str>,
+    /// What stands before its paths.
+    paths: Arc<Paths>,
     seen: Arc<Known>,
 }
 
@@ -105,8 +108,8 @@ pub(super) enum Heard {
 }
 
 impl Engine {
-    /// A client for the engine at `endpoint`. `version` is the API version that worked before, where one is needed.
-    pub(super) fn connect(endpoint: &DockerEndpoint, version: Option<&str>) -> Result<Engine, DiscoveryError> {
+    /// A client for the engine at `endpoint`, whose `paths` have been found to work before, or will be found.
+    pub(super) fn connect(endpoint: &DockerEndpoint, paths: Arc<Paths>) -> Result<Engine, DiscoveryError> {
         let host = endpoint.host.as_deref().unwrap_or(LOCAL_SOCKET);
         let seconds = ANSWER_TIMEOUT.as_secs();
         let api = bollard::API_DEFAULT_VERSION;
@@ -134,9 +137,7 @@ impl Engine {
             transport(Place::Tcp(authority.into()))
         };
         match client {
-            Ok(client) => {
-                Ok(Engine { client, host: host.into(), prefix: version.unwrap_or_default().into(), seen: known })
-            }
+            Ok(client) => Ok(Engine { client, host: host.into(), paths, seen: known }),
             Err(error) => Err(explain("cannot reach the Docker Engine", host, &Trouble::Client(error))),
         }
     }
@@ -144,11 +145,6 @@ impl Engine {
     /// It has answered as Podman does.
     pub(super) fn is_podman(&self) -> bool {
         self.seen.is_podman.load(Ordering::Relaxed)
-    }
-
-    /// What has to stand before its paths, such as `/v1.44`, if something has to.
-    pub(super) fn version(&self) -> Option<&str> {
-        Some(&*self.prefix).filter(|prefix| !prefix.is_empty())
     }
 
     /// The bytes that answer a GET. bollard reads every answer but one kind for its caller; the method for that kind is
@@ -168,8 +164,8 @@ impl Engine {
     }
 
     /// One GET of a path that begins with a slash.
-    async fn get(&self, path: &str) -> Result<Bytes, Trouble> {
-        let mut pieces = self.stream(format!("{}{path}", self.prefix), ANSWER_TIMEOUT);
+    async fn get(&self, path: String) -> Result<Bytes, Trouble> {
+        let mut pieces = self.stream(path, ANSWER_TIMEOUT);
         let whole = async {
             let mut body = Vec::new();
             while let Some(piece) = pieces.next().await {
@@ -184,78 +180,70 @@ impl Engine {
         timeout(ANSWER_TIMEOUT, whole).await.map_err(|_| Trouble::TimedOut)?
     }
 
-    async fn get_json(&self, path: &str) -> Result<Value, Trouble> {
+    async fn get_json(&self, path: String) -> Result<Value, Trouble> {
         answers::json(&self.get(path).await?).map_err(|answers::NotJson| Trouble::Unreadable)
+    }
+
+    /// Asks, and finds out which API version has to stand before the path, if the engine or the proxy before it refuses
+    /// it: the one that works is kept.
+    async fn ask(&self, call: Call, path: &str) -> Result<Value, Trouble> {
+        let prefix = self.paths.prefix(call);
+        let refused = match self.get_json(format!("{prefix}{path}")).await {
+            Err(trouble) if trouble.is_refusal() => trouble,
+            answer => return self.answered(call, &prefix, answer),
+        };
+        let Some(mut search) = self.paths.search(call, &prefix).await else { return Err(refused) };
+        let mut named = refused.version_named();
+        while let Some(prefix) = search.next(named.take()) {
+            match self.get_json(format!("{prefix}{path}")).await {
+                Err(trouble) if trouble.is_refusal() => named = trouble.version_named(),
+                // It does not answer any more, so that no other version will do better.
+                Err(Trouble::TimedOut | Trouble::Client(_)) => break,
+                answer => return self.answered(call, &prefix, answer),
+            }
+        }
+        Err(refused)
+    }
+
+    fn answered(&self, call: Call, prefix: &Arc<str>, answer: Result<Value, Trouble>) -> Result<Value, Trouble> {
+        if answer.is_ok() || answer.as_ref().is_err_and(Trouble::says_no_such_container) {
+            self.paths.worked(call, prefix);
+        }
+        answer
     }
 
     /// One `inspect`; `None` if there is no such container. Only the engine's own words say so: a page with status 404
     /// that comes from elsewhere is a failure like any other.
     pub(super) async fn inspect(&self, id: &str) -> Result<Option<Inspected>, String> {
         let path = format!("/containers/{}/json", utf8_percent_encode(id, PLAIN));
-        match self.get_json(&path).await {
+        match self.ask(Call::Inspect, &path).await {
             Ok(answer) => match Inspected::read(id, &answer) {
                 Some(seen) => Ok(Some(seen)),
                 None => Err(reason(&Trouble::Unreadable)),
             },
-            Err(Trouble::Status(404, message)) if answers::says_no_such_container(&message) => Ok(None),
+            Err(trouble) if trouble.says_no_such_container() => Ok(None),
             Err(trouble) => Err(reason(&trouble)),
         }
     }
 
     /// The list of labelled containers that run.
     pub(super) async fn list(&self) -> Result<Listed, DiscoveryError> {
-        self.try_list().await.map_err(|trouble| explain("cannot list containers", &self.host, &trouble))
+        let listed = self.try_list().await;
+        if self.seen.is_veiled && !self.is_podman() && listed.is_ok() {
+            self.ask_whether_podman().await;
+        }
+        listed.map_err(|trouble| explain("cannot list containers", &self.host, &trouble))
     }
 
     async fn try_list(&self) -> Result<Listed, Trouble> {
         let filters = utf8_percent_encode(r#"{"label":["inference.enable"]}"#, PLAIN);
-        let answer = self.get_json(&format!("/containers/json?filters={filters}")).await?;
+        let answer = self.ask(Call::List, &format!("/containers/json?filters={filters}")).await?;
         Listed::read(&answer).ok_or(Trouble::Unreadable)
     }
 
-    /// Lists, and finds out which paths the engine, or the proxy before it, allows: those as they are, else those with an
-    /// API version, if `may_try`. The engine that comes back is the one that works.
-    pub(super) async fn negotiate(self, may_try: bool) -> (Engine, Result<Listed, DiscoveryError>) {
-        let refused = match self.try_list().await {
-            Err(trouble) if trouble.is_refusal() && may_try => trouble,
-            listed => {
-                let listed = listed.map_err(|trouble| explain("cannot list containers", &self.host, &trouble));
-                if self.seen.is_veiled && !self.is_podman() && listed.is_ok() {
-                    self.ask_whether_podman().await;
-                }
-                return (self, listed);
-            }
-        };
-        if !self.prefix.is_empty() {
-            // The version that worked does not any more: begin anew.
-            let plain = Engine { prefix: "".into(), ..self };
-            return Box::pin(plain.negotiate(may_try)).await;
-        }
-        let mut named = refused.version_named();
-        let mut untried: Vec<u16> = VERSIONS_FIRST.into_iter().collect();
-        untried.extend(VERSIONS_ALL.rev().filter(|minor| !VERSIONS_FIRST.contains(minor)));
-        let mut tried: Vec<(u16, u16)> = Vec::new();
-        untried.reverse();
-        while let Some(version) = named.take().or_else(|| untried.pop().map(|minor| (1, minor))) {
-            if tried.contains(&version) {
-                continue;
-            }
-            tried.push(version);
-            let prefix = format!("/v{}.{}", version.0, version.1).into();
-            let engine = Engine { prefix, ..self.clone() };
-            match engine.try_list().await {
-                Ok(listed) => return (engine, Ok(listed)),
-                Err(trouble) if trouble.is_refusal() => named = trouble.version_named(),
-                // It does not answer any more, so that no other version will do better.
-                Err(_) => break,
-            }
-        }
-        let error = explain("cannot list containers", &self.host, &refused);
-        (self, Err(error))
-    }
-
     async fn ask_whether_podman(&self) {
-        if let Ok(answer) = self.get_json("/version").await {
+        let path = format!("{}/version", self.paths.prefix(Call::List));
+        if let Ok(answer) = self.get_json(path).await {
             self.seen.is_podman.store(answers::is_version_of_podman(&answer), Ordering::Relaxed);
         }
     }
@@ -269,17 +257,50 @@ impl Engine {
             HashMap::from([("type", vec!["container", "network"]), ("event", event::ACTIONS.to_vec())]);
         let filters = serde_json::to_string(&filters).unwrap_or_default();
         let filters = utf8_percent_encode(&filters, PLAIN);
-        let path = format!("{}/events?since={since}&filters={filters}", self.prefix);
-        let (pieces, host) = (self.stream(path, STREAM_TIMEOUT), self.host.clone());
+        let path = format!("/events?since={since}&filters={filters}");
+        let engine = self.clone();
+        let read = async move {
+            let (begun, pieces) = engine.begin_events(&path).await;
+            read_events(futures::stream::iter(begun).chain(pieces), engine.host, heard).await;
+        };
         // Ended by its guard, which the loop holds: it needs no place among the application's tasks.
         #[allow(clippy::disallowed_methods)]
-        tokio::spawn(async move { stop.run_until_cancelled(read_events(pieces, host, heard)).await });
+        tokio::spawn(async move { stop.run_until_cancelled(read).await });
         (receiver, guard)
+    }
+
+    /// The event stream by a path that is not refused, if there is one, and what has come of it already.
+    async fn begin_events(
+        &self,
+        path: &str,
+    ) -> (Option<Result<Bytes, Trouble>>, impl Stream<Item = Result<Bytes, Trouble>> + Unpin + use<>) {
+        let mut prefix = self.paths.prefix(Call::Events);
+        let mut search = None;
+        loop {
+            let mut pieces =
+                self.stream(format!("{prefix}{path}"), STREAM_TIMEOUT).map(|piece| piece.map_err(Trouble::from));
+            let first = timeout(REFUSED_WITHIN, pieces.next()).await;
+            let named = match &first {
+                Ok(Some(Err(trouble))) if trouble.is_refusal() => trouble.version_named(),
+                Ok(Some(Err(_))) => return (first.ok().flatten(), pieces),
+                Ok(Some(Ok(_)) | None) | Err(_) => {
+                    self.paths.worked(Call::Events, &prefix);
+                    return (first.ok().flatten(), pieces);
+                }
+            };
+            if search.is_none() {
+                search = self.paths.search(Call::Events, &prefix).await;
+            }
+            match search.as_mut().and_then(|search| search.next(named)) {
+                Some(next) => prefix = next,
+                None => return (first.ok().flatten(), pieces),
+            }
+        }
     }
 }
 
 async fn read_events(
-    mut pieces: impl Stream<Item = Result<Bytes, Error>> + Unpin,
+    mut pieces: impl Stream<Item = Result<Bytes, Trouble>> + Unpin,
     host: Arc<str>,
     heard: mpsc::Sender<Heard>,
 ) {
@@ -287,7 +308,7 @@ async fn read_events(
     let error = loop {
         let piece = match pieces.next().await {
             Some(Ok(piece)) => piece,
-            Some(Err(error)) => break explain("the event stream broke", &host, &Trouble::from(error)),
+            Some(Err(trouble)) => break explain("the event stream broke", &host, &trouble),
             None => {
                 let what = "the event stream ended".to_owned();
                 break DiscoveryError { what, advice: "it is begun again until it works".to_owned() };
@@ -349,7 +370,33 @@ async fn send(place: Place, known: Arc<Known>, request: BollardRequest) -> Resul
     if response.headers().contains_key("libpod-api-version") {
         known.is_podman.store(true, Ordering::Relaxed);
     }
-    Ok(response)
+    match response.status().is_success() {
+        true => Ok(response),
+        // bollard would collect the whole of it.
+        false => Err(error_of(response).await),
+    }
+}
+
+/// An answer that is an error, with the engine's message as far as it is read; whatever else a body holds is the message.
+async fn error_of(response: http::Response<Incoming>) -> Error {
+    let status_code = response.status().as_u16();
+    let mut body = response.into_body();
+    let mut read = Vec::new();
+    let reading = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let piece = frame.into_data().unwrap_or_default();
+            let room = ERROR_BYTES_MAX.saturating_sub(read.len());
+            read.extend_from_slice(&piece[..piece.len().min(room)]);
+            if piece.len() >= room {
+                break;
+            }
+        }
+    };
+    // Slow bodies are cut, too: the status has come.
+    let _ = timeout(ERROR_TIMEOUT, reading).await;
+    let message = answers::json(&read).ok().and_then(|answer| Some(answers::text(&answer["message"])?.to_owned()));
+    let message = message.unwrap_or_else(|| String::from_utf8_lossy(&read).into_owned());
+    Error::DockerResponseServerError { status_code, message }
 }
 
 async fn exchange<S>(stream: S, place: &Place, mut request: BollardRequest) -> Result<http::Response<Incoming>, Error>
@@ -382,9 +429,15 @@ impl From<Error> for Trouble {
 }
 
 impl Trouble {
-    /// The path was refused, which another API version before it may change.
+    /// The path was refused, which another API version before it may change. A conflict is about the container.
     fn is_refusal(&self) -> bool {
-        matches!(self, Trouble::Status(300..=499 | 501, _)) && !matches!(self, Trouble::Status(408 | 429, _))
+        matches!(self, Trouble::Status(300..=499 | 501, _))
+            && !matches!(self, Trouble::Status(408 | 409 | 429, _))
+            && !self.says_no_such_container()
+    }
+
+    fn says_no_such_container(&self) -> bool {
+        matches!(self, Trouble::Status(404, message) if answers::says_no_such_container(message))
     }
 
     fn version_named(&self) -> Option<(u16, u16)> {

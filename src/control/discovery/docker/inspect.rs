@@ -75,6 +75,9 @@ pub(super) struct Context {
     pub(super) own_published: Vec<Published>,
     /// The vantage is known; until then it is a guess that nothing may be built on.
     pub(super) is_placed: bool,
+    /// Why the engine does not tell about the proxy's own container, if it is in one: then the vantage is what this machine
+    /// tells by itself.
+    pub(super) untold: Option<String>,
 }
 
 impl Inspected {
@@ -274,8 +277,13 @@ impl Context {
             Vantage::Container { attachments, .. } => attachments
                 .iter()
                 .any(|own| own.ipv4.is_some_and(|own| own == ip) || own.ipv6.is_some_and(|own| own == ip)),
+            Vantage::Inside { own, .. } => ip.is_loopback() || own.contains(&ip),
             Vantage::Host { .. } => ip.is_loopback(),
             Vantage::Elsewhere { .. } => false,
+        };
+        // Which ports of the host lead here is not known: as a rule they have the same numbers.
+        let may_be_published = |target: &SocketAddr| {
+            matches!(self.vantage, Vantage::Inside { .. }) && self.own_ports.contains(&target.port())
         };
         let is_published = |target: &SocketAddr| {
             self.own_published.iter().any(|own| {
@@ -286,19 +294,19 @@ impl Context {
         let through_host = reach.network.is_none();
         reach.targets.iter().any(|target| {
             is_own_address(target.ip()) && self.own_ports.contains(&target.port())
-                || through_host && is_published(target)
+                || through_host && (is_published(target) || may_be_published(target))
         })
     }
 }
 
 /// What discovery reports of a container that the list has, and of which the engine tells no more, for the reason `why`;
-/// `None` if it does not ask to be routed. `run` is the run that was seen last.
-pub(super) fn unreadable(summary: &Summary, run: i64, why: &str) -> Option<Endpoint> {
+/// `None` if it does not ask to be routed. Which run it is is not known.
+pub(super) fn unreadable(summary: &Summary, why: &str) -> Option<Endpoint> {
     let known = Inspected {
         id: summary.id.clone(),
         name: summary.name.clone(),
         image: summary.image.clone(),
-        started_nanos: run,
+        started_nanos: Incarnation::UNKNOWN.0,
         phase: Phase::Running,
         is_stopping: false,
         health: Health::Unknown,
@@ -324,6 +332,7 @@ pub(super) fn unreadable(summary: &Summary, run: i64, why: &str) -> Option<Endpo
         shared: None,
         own_published: Vec::new(),
         is_placed: true,
+        untold: None,
     };
     let mut endpoint = known.endpoint(&nowhere)?;
     endpoint.reach = Err(Obstacle {
@@ -488,6 +497,7 @@ mod tests {
             own_ports: vec![8080],
             own_published: Vec::new(),
             is_placed: true,
+            untold: None,
             shared: None,
         }
     }

@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 use super::{
     Engine,
     inspect::{Context, Inspected},
-    place,
+    place::{self, Standing},
 };
 use crate::control::discovery::{
     DiscoveryError,
@@ -22,30 +22,58 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often an engine that fails is asked for the proxy's own container before that is given up, and the wait between.
 const ASKED_MAX: usize = 3;
 const ASK_AGAIN: Duration = Duration::from_millis(300);
+/// How long all of that may take; the list of containers waits for it.
+const FIND_PATIENCE: Duration = Duration::from_secs(5);
+/// Addresses of one name that are looked at.
+const ADDRESSES_MAX: usize = 64;
 
-/// `context` with the place of the proxy as it is now. `candidates` may be its own container.
+/// What an engine says of the container that this process is in.
+enum Own {
+    Found(Box<Inspected>),
+    /// It has no such container.
+    None,
+    /// It does not tell, for this reason.
+    Untold(String),
+}
+
+/// `context` with the place of the proxy as it is now. `standing` is what this machine tells of it.
+///
+/// An engine that does not tell about the proxy's own container, though there is one, is no reason to wait for ever: a
+/// proxy before it may forbid that. Until it tells, what can be reached is judged by this process's own addresses.
 ///
 /// # Errors
 /// It cannot be told, and never could.
 pub(super) async fn locate(
     engine: &Engine,
     context: Context,
-    candidates: io::Result<Vec<String>>,
+    standing: io::Result<Standing>,
     now_nanos: i64,
 ) -> Result<Context, DiscoveryError> {
     let located = async {
-        let candidates = candidates.map_err(|error| error.to_string())?;
-        let own = find(engine, candidates, &context, now_nanos).await?;
-        let vantage = vantage(engine, &context, own.as_ref()).await?;
+        let standing = standing.map_err(|error| error.to_string())?;
+        let is_known = context.is_placed && context.untold.is_none();
+        let find = find(engine, &standing.candidates, &context, now_nanos);
+        let own = timeout(FIND_PATIENCE, find).await;
+        let own = own.unwrap_or_else(|_| Own::Untold(format!("no answer within {FIND_PATIENCE:?}")));
+        if let (Own::Untold(error), true) = (&own, is_known) {
+            return Err(error.clone());
+        }
+        let vantage = vantage(engine, &context, &standing, &own).await?;
         Ok((own, vantage))
     };
     match located.await {
         Ok((own, vantage)) => {
-            let own_published = own.as_ref().map(|own| own.wiring.published.clone()).unwrap_or_default();
-            let sharing = own.as_ref().filter(|own| own.network_owner().is_some());
-            let shared = sharing.map_or(context.shared, |own| own.shared.clone());
-            let self_id = own.map(|own| own.id);
-            Ok(Context { vantage, self_id, own_published, shared, is_placed: true, ..context })
+            let context = Context { vantage, self_id: None, own_published: Vec::new(), is_placed: true, ..context };
+            Ok(match own {
+                Own::Found(own) => {
+                    let shared = own.network_owner().is_some().then(|| own.shared.clone());
+                    let shared = shared.unwrap_or(context.shared);
+                    let (self_id, own_published) = (Some(own.id), own.wiring.published);
+                    Context { self_id, own_published, shared, untold: None, ..context }
+                }
+                Own::None => Context { untold: None, ..context },
+                Own::Untold(why) => Context { untold: Some(why), ..context },
+            })
         }
         Err(error) if context.is_placed => {
             tracing::debug!(%error, "cannot tell where this proxy stands, keeping to what is known");
@@ -63,63 +91,72 @@ fn cannot_tell(error: &String) -> DiscoveryError {
 }
 
 /// The container of this proxy, wired as the one whose network it shares.
-async fn find(
-    engine: &Engine,
-    candidates: Vec<String>,
-    context: &Context,
-    now_nanos: i64,
-) -> Result<Option<Inspected>, String> {
-    let is_placed = context.is_placed;
+async fn find(engine: &Engine, candidates: &[String], context: &Context, now_nanos: i64) -> Own {
+    let asked_max = if context.is_placed { 1 } else { ASKED_MAX };
+    let mut untold = None;
     for candidate in candidates {
-        let mut own = match ask(engine, &candidate, is_placed).await {
+        let mut own = match ask(engine, candidate, asked_max).await {
             Ok(Some(own)) => own,
             Ok(None) => continue,
-            Err(error) if is_placed => return Err(error),
-            Err(_) => continue,
+            Err(error) => {
+                untold.get_or_insert(error);
+                continue;
+            }
         };
         if let Some(owner) = own.network_owner().map(str::to_owned) {
-            let owner = match ask(engine, &owner, is_placed).await {
-                Err(error) if is_placed => return Err(error),
-                owner => owner.ok().flatten(),
+            let owner = match ask(engine, &owner, asked_max).await {
+                Err(error) => return Own::Untold(error),
+                Ok(owner) => owner,
             };
             own.share_network_of(owner.as_ref(), context.shared.as_ref(), now_nanos);
         }
-        return Ok(Some(own));
+        return Own::Found(Box::new(own));
     }
-    Ok(None)
+    untold.map_or(Own::None, Own::Untold)
 }
 
-/// Asks once; more often at first, when a wrong answer would have the proxy in the wrong place.
-async fn ask(engine: &Engine, id: &str, is_placed: bool) -> Result<Option<Inspected>, String> {
+/// Asks so often, if the engine fails.
+async fn ask(engine: &Engine, id: &str, asked_max: usize) -> Result<Option<Inspected>, String> {
     let mut asked = 1;
     loop {
         match engine.inspect(id).await {
-            Err(_) if !is_placed && asked < ASKED_MAX => sleep(ASK_AGAIN).await,
-            answer => return answer.map_err(|error| error.to_string()),
+            Err(_) if asked < asked_max => sleep(ASK_AGAIN).await,
+            answer => return answer,
         }
         asked += 1;
     }
 }
 
-async fn vantage(engine: &Engine, context: &Context, own: Option<&Inspected>) -> Result<Vantage, String> {
-    match own {
-        Some(own) if own.wiring.mode == NetworkMode::Host => Ok(Vantage::Host { on_link: on_link(context)? }),
-        Some(own) => {
-            let host_gateway = place::host_gateway().map_err(|error| error.to_string())?;
-            Ok(Vantage::Container { attachments: own.wiring.attachments.clone(), host_network: false, host_gateway })
+async fn vantage(engine: &Engine, context: &Context, standing: &Standing, own: &Own) -> Result<Vantage, String> {
+    let gateway = || place::host_gateway().map_err(|error| error.to_string());
+    let is_untold = match own {
+        Own::Found(own) if own.wiring.mode == NetworkMode::Host => {
+            return Ok(Vantage::Host { on_link: on_link(context)? });
         }
-        None => match elsewhere(&engine.host).await? {
-            Some(engine) => Ok(Vantage::Elsewhere { engine }),
-            None => Ok(Vantage::Host { on_link: on_link(context)? }),
-        },
+        Own::Found(own) => {
+            let attachments = own.wiring.attachments.clone();
+            return Ok(Vantage::Container { attachments, host_network: false, host_gateway: gateway()? });
+        }
+        Own::Untold(_) => true,
+        Own::None => false,
+    };
+    if let Some(engine) = elsewhere(&engine.host, is_untold || standing.candidates.is_empty()).await? {
+        return Ok(Vantage::Elsewhere { engine });
     }
+    let on_link = on_link(context)?;
+    Ok(match is_untold && standing.is_inside {
+        true => Vantage::Inside { own: place::own_addresses(&on_link), on_link, host_gateway: gateway()? },
+        false => Vantage::Host { on_link },
+    })
 }
 
 /// The prefixes that are on link; as they were, if they cannot be read.
 fn on_link(context: &Context) -> Result<Vec<(IpAddr, u8)>, String> {
     match (place::on_link_prefixes(), &context.vantage) {
         (Ok(on_link), _) => Ok(on_link),
-        (Err(_), Vantage::Host { on_link }) if context.is_placed => Ok(on_link.clone()),
+        (Err(_), Vantage::Host { on_link } | Vantage::Inside { on_link, .. }) if context.is_placed => {
+            Ok(on_link.clone())
+        }
         // Systems without such a file never have it.
         (Err(error), _) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
             Ok(Vec::new())
@@ -128,13 +165,14 @@ fn on_link(context: &Context) -> Result<Vec<(IpAddr, u8)>, String> {
     }
 }
 
-/// The addresses of the engine's machine, if that is another one than this.
-async fn elsewhere(host: &str) -> Result<Option<Vec<IpAddr>>, String> {
+/// The addresses of the engine's machine, if that is another one than this. `is_nameless`: this process may be in a
+/// container of the engine that it does not know.
+async fn elsewhere(host: &str, is_nameless: bool) -> Result<Option<Vec<IpAddr>>, String> {
     let Some(name) = host_name(host) else { return Ok(None) };
     let addresses: Vec<IpAddr> = match name.parse() {
         Ok(ip) => vec![ip],
         Err(_) => match timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host((name, 0))).await {
-            Ok(Ok(found)) => found.map(|addr| addr.ip()).collect(),
+            Ok(Ok(found)) => found.map(|addr| addr.ip()).take(ADDRESSES_MAX).collect(),
             Ok(Err(error)) => return Err(format!("{name} cannot be resolved: {error}")),
             Err(_) => return Err(format!("{name} is not resolved within {RESOLVE_TIMEOUT:?}")),
         },
@@ -146,7 +184,7 @@ async fn elsewhere(host: &str) -> Result<Option<Vec<IpAddr>>, String> {
     engine.sort();
     engine.dedup();
     for ip in &engine {
-        if place::is_here(*ip).map_err(|error| error.to_string())? {
+        if place::is_here(*ip, is_nameless).map_err(|error| error.to_string())? {
             return Ok(None);
         }
     }
@@ -200,7 +238,7 @@ mod tests {
             "tcp://[::ffff:127.0.0.1]:2375",
             "tcp://0.0.0.0:2375",
         ] {
-            assert_eq!(elsewhere(here).await, Ok(None), "{here}");
+            assert_eq!(elsewhere(here, false).await, Ok(None), "{here}");
         }
         for (host, ip) in [
             ("tcp://203.0.113.5:2375", "203.0.113.5"),
@@ -208,9 +246,9 @@ mod tests {
             ("tcp://[2001:db8::5]:2375", "2001:db8::5"),
             ("tcp://[::ffff:203.0.113.5]:2375", "203.0.113.5"),
         ] {
-            assert_eq!(elsewhere(host).await, Ok(Some(vec![ip.parse().unwrap()])), "{host}");
+            assert_eq!(elsewhere(host, false).await, Ok(Some(vec![ip.parse().unwrap()])), "{host}");
         }
         // What cannot be resolved now may be anywhere.
-        assert!(elsewhere("tcp://no-such-host.invalid:2375").await.is_err());
+        assert!(elsewhere("tcp://no-such-host.invalid:2375", false).await.is_err());
     }
 }

@@ -19,10 +19,14 @@ mod engine;
 mod event;
 mod inspect;
 mod locate;
+mod notes;
+mod paths;
 mod place;
+mod track;
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    io,
     sync::Arc,
     time::Duration,
 };
@@ -35,7 +39,7 @@ use futures::{
 use time::OffsetDateTime;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::DropGuard;
 
@@ -45,10 +49,11 @@ use self::{
     event::{Kind, Notice, Seen},
     inspect::{Context, Inspected, Shared},
     locate::locate,
+    paths::Paths,
+    place::Standing,
+    track::{Look, Signalled, Track, is_before},
 };
-use super::{
-    Change, Discovery, DiscoveryError, Endpoint, Looks, Obstacle, Phase, network::Vantage, signal::is_stop_notice,
-};
+use super::{Change, Discovery, DiscoveryError, Looks, Note, Phase, network::Vantage};
 use crate::{
     base::config::DockerEndpoint,
     telemetry::metrics::{Metrics, PerWord},
@@ -63,8 +68,6 @@ const LOOK_PATIENCE: Duration = Duration::from_millis(100);
 const ASIDE_MAX: usize = 256;
 /// How long an engine may take to tell a new subscription what the list has shown, before its stream counts as silent.
 const STREAM_PATIENCE: Duration = Duration::from_secs(3);
-/// Containers that are named in a note.
-const NAMED_MAX: usize = 5;
 /// How often the list is compared, whatever the events say.
 const RESYNC: Duration = Duration::from_secs(30);
 /// How often Podman is listed: it tells of a stop neither by an event nor by a signal, but only by leaving the container out
@@ -73,8 +76,10 @@ const GLANCE: Duration = Duration::from_secs(1);
 /// Waits between attempts to reach the engine: doubling from the first to the second.
 const RECONNECT_MIN: Duration = Duration::from_millis(100);
 const RECONNECT_MAX: Duration = Duration::from_secs(5);
-/// How long API versions are not tried again after none of them worked.
-const VERSIONS_AGAIN: Duration = Duration::from_secs(30);
+/// How soon a container that could not be looked at is looked at again, and how soon the proxy's own is asked for again:
+/// doubling up to [`RESYNC`].
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+const PLACE_AGAIN: Duration = Duration::from_secs(2);
 /// How far back the first subscription reaches: far enough for the stop notice of any container that is still stopping.
 const LOOK_BACK: Duration = Duration::from_secs(60);
 /// How far later subscriptions reach back before the newest event seen; the engine may deliver slightly out of order.
@@ -95,13 +100,16 @@ pub struct DockerDiscovery {
     metrics: Option<Arc<Metrics>>,
     /// This machine's time, nanoseconds since 1970.
     clock: fn() -> i64,
+    /// What this machine tells of the place of this process.
+    place: fn() -> io::Result<Standing>,
 }
 
 impl DockerDiscovery {
     /// Discovery by the engine at `endpoint`. `default_network` applies where a container names none; `own_ports` are those
     /// the proxy listens on, so that it cannot become its own backend.
     pub fn new(endpoint: DockerEndpoint, default_network: Option<String>, own_ports: Vec<u16>) -> DockerDiscovery {
-        DockerDiscovery { endpoint, default_network, own_ports, metrics: None, clock: wall_nanos }
+        let (clock, place) = (wall_nanos, place::standing);
+        DockerDiscovery { endpoint, default_network, own_ports, metrics: None, clock, place }
     }
 }
 
@@ -129,50 +137,16 @@ impl Discovery for DockerDiscovery {
     }
 }
 
-/// What is known of one container.
-#[derive(Debug, Default)]
-struct Track {
-    /// Grows with every event: a look that began before is stale.
-    heard: u64,
-    /// A signal that may have been a stop notice, until a look tells.
-    signalled: Option<Signalled>,
-    seen: Option<Inspected>,
-    /// What the last list that named it said.
-    summary: Option<Summary>,
-    endpoint: Option<Endpoint>,
-    look: Look,
-    /// Why the last look brought nothing.
-    trouble: Option<String>,
-    /// The endpoint is what the list says, because no look has brought anything.
-    is_unreadable: bool,
-    /// The last list lacks it, and no event has told of it since.
-    is_unlisted: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Signalled {
-    signal: Option<u8>,
-    time_nanos: i64,
-    /// It was told because it happened before the subscription, so it may be about an earlier run.
-    is_replay: bool,
-}
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Look {
-    #[default]
-    Idle,
-    Queued,
-    UnderWay,
-}
-
 /// What a task beside the loop brings back.
 enum Finished {
     /// A look at a container; `None` if there is no such container.
     Looked { id: String, heard: u64, serial: u64, outcome: Result<Option<Inspected>, String> },
     /// A look has taken so long that it waits aside.
     Aside { id: String, serial: u64 },
-    /// The list of labelled containers that run, where the proxy itself stands, and the engine that works.
-    Listed { listed: Result<Listed, DiscoveryError>, context: Option<Context>, engine: Engine },
+    /// The list of labelled containers that run, and where the proxy itself stands.
+    Listed(Result<(Listed, Context), DiscoveryError>),
+    /// A container that could not be looked at has waited.
+    Again { id: String },
     /// The list alone, to see what is missing from it.
     Glanced(Result<Listed, DiscoveryError>),
 }
@@ -181,10 +155,8 @@ struct Watcher {
     settings: DockerDiscovery,
     looks: Looks,
     engine: Option<Engine>,
-    /// The API version that has to stand before paths, such as `/v1.44`; `None` if none has to.
-    version: Option<String>,
-    /// When API versions are tried again, if paths are still refused.
-    versions_at: Instant,
+    /// What has to stand before its paths.
+    paths: Arc<Paths>,
     context: Context,
     tracks: HashMap<String, Track>,
     to_look: VecDeque<String>,
@@ -199,7 +171,7 @@ struct Watcher {
     /// When it counts as silent, because the list knows what it has not told.
     doubt_at: Option<Instant>,
     is_silent: bool,
-    notes: Vec<Obstacle>,
+    notes: Vec<Note>,
     seen: Seen,
     heard: Option<(mpsc::Receiver<Heard>, DropGuard)>,
     work: FuturesUnordered<BoxFuture<'static, Finished>>,
@@ -211,6 +183,8 @@ struct Watcher {
     glance_at: Instant,
     glancing: bool,
     retry: Duration,
+    /// When a place that the engine does not tell is asked for again.
+    place_retry: Duration,
     subscribed_at: Instant,
     /// The same by this machine's time.
     subscribed_nanos: i64,
@@ -234,14 +208,14 @@ impl Watcher {
             shared: None,
             own_published: Vec::new(),
             is_placed: false,
+            untold: None,
         };
         let began_nanos = (settings.clock)();
         Watcher {
             settings,
             looks,
             engine: None,
-            version: None,
-            versions_at: Instant::now(),
+            paths: Arc::default(),
             context,
             tracks: HashMap::new(),
             to_look: VecDeque::new(),
@@ -262,6 +236,7 @@ impl Watcher {
             glance_at: Instant::now(),
             glancing: false,
             retry: RECONNECT_MIN,
+            place_retry: PLACE_AGAIN,
             subscribed_at: Instant::now(),
             subscribed_nanos: began_nanos,
             stream_retry: RECONNECT_MIN,
@@ -303,7 +278,8 @@ impl Watcher {
                 Some(finished) = self.work.next(), if !self.work.is_empty() => match finished {
                     Finished::Looked { id, heard, serial, outcome } => self.on_looked(id, heard, serial, outcome),
                     Finished::Aside { id, serial } => self.on_aside(&id, serial),
-                    Finished::Listed { listed, context, engine } => self.on_listed(listed, context, engine),
+                    Finished::Listed(listed) => self.on_listed(listed),
+                    Finished::Again { id } => self.look_at(&id),
                     Finished::Glanced(listed) => self.on_glanced(listed),
                 },
                 Some(id) = self.looks.recv() => self.look_at(&id),
@@ -341,7 +317,7 @@ impl Watcher {
     /// Connects if need be, subscribes if need be, and asks for the list.
     fn begin_list(&mut self) {
         if self.engine.is_none() {
-            match Engine::connect(&self.settings.endpoint, self.version.as_deref()) {
+            match Engine::connect(&self.settings.endpoint, self.paths.clone()) {
                 Ok(engine) => self.engine = Some(engine),
                 Err(error) => return self.fail(error),
             }
@@ -354,12 +330,8 @@ impl Watcher {
         // Set before the list is asked for: what asks for another one meanwhile must not be forgotten when it is there.
         let wait = if self.is_silent { RECONNECT_MAX } else { RESYNC };
         self.list_at = Instant::now() + wait.mul_f64(0.9 + 0.2 * fastrand::f64());
-        let context = self.context.clone();
-        let may_try = self.versions_at <= Instant::now();
-        if may_try {
-            self.versions_at = Instant::now() + VERSIONS_AGAIN;
-        }
-        self.work.push(list(engine, may_try, context, (self.settings.clock)()).boxed());
+        let (context, place, clock) = (self.context.clone(), self.settings.place, self.settings.clock);
+        self.work.push(async move { Finished::Listed(list(engine, context, place(), clock()).await) }.boxed());
     }
 
     fn begin_glance(&mut self) {
@@ -580,7 +552,7 @@ impl Watcher {
             self.work.push(look(engine.clone(), id.clone(), (track.heard, serial), shared, now_nanos).boxed());
             self.work.push(
                 async move {
-                    tokio::time::sleep(LOOK_PATIENCE).await;
+                    sleep(LOOK_PATIENCE).await;
                     Finished::Aside { id, serial }
                 }
                 .boxed(),
@@ -633,10 +605,9 @@ impl Watcher {
             tracing::warn!(container = %track.name(id), %error, "cannot inspect the container");
         }
         if track.endpoint.is_none() || track.is_unreadable {
-            let run = track.seen.as_ref().map_or(0, |seen| seen.started_nanos);
             match &track.summary {
                 Some(summary) => {
-                    if let Some(endpoint) = inspect::unreadable(summary, run, &error) {
+                    if let Some(endpoint) = inspect::unreadable(summary, &error) {
                         track.is_unreadable = true;
                         track.endpoint = Some(endpoint.clone());
                         self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
@@ -648,62 +619,29 @@ impl Watcher {
         }
         if let Some(track) = self.tracks.get_mut(id) {
             track.trouble = Some(error);
-        }
-    }
-
-    /// Tells what is limited about the sight, when that has changed.
-    fn take_notes(&mut self) {
-        let mut notes = Vec::new();
-        let mut note = |what: String, advice: &str| notes.push(Obstacle { what, advice: advice.to_owned() });
-        let host = self.engine.as_ref().map_or("the engine", |engine| &*engine.host);
-        if let Some(version) = self.version.as_deref().map(|version| version.trim_start_matches('/')) {
-            note(
-                format!("{host} refuses paths without an API version, so that those with {version} are used"),
-                "nothing needs to be done",
-            );
-        }
-        if self.left_out > 0 {
-            let all = self.left_out + CONTAINERS_MAX;
-            note(
-                format!(
-                    "{all} containers carry the label inference.enable, {CONTAINERS_MAX} of them are followed and {} \
-                     are left out",
-                    self.left_out
-                ),
-                "take the label from some of them, or divide them among more engines",
-            );
-        }
-        if self.is_silent {
-            note(
-                format!("the event stream of {host} stays silent: changes are found by listing every 5 s or so"),
-                "see whether a proxy before the engine holds GET /events back or buffers it",
-            );
-        }
-        let unseen = |track: &&Track| track.trouble.is_some() && track.endpoint.is_some() && !track.is_unreadable;
-        let mut names: Vec<&str> =
-            self.tracks.iter().filter(|(_, track)| unseen(track)).map(|(id, track)| track.name(id)).collect();
-        if !names.is_empty() {
-            names.sort_unstable();
-            let more = names.len().saturating_sub(NAMED_MAX);
-            names.truncate(NAMED_MAX);
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            note(
-                format!("inspect fails for {}{more}; what was known of them stays", names.join(", ")),
-                "see the log of the Docker Engine, and let a Docker API proxy allow GET /containers/{id}/json",
-            );
-        }
-        if notes != self.notes {
-            self.notes.clone_from(&notes);
-            self.out.push_back(Ok(Change::Notes(notes)));
+            let after = track.look_again.map_or(LOOK_AGAIN, |after| (after * 2).min(RESYNC));
+            track.look_again = Some(after);
+            // With each list it is looked at in any case.
+            if after < RESYNC {
+                let id = id.to_owned();
+                self.work.push(
+                    async move {
+                        sleep(after).await;
+                        Finished::Again { id }
+                    }
+                    .boxed(),
+                );
+            }
         }
     }
 
     fn on_seen(&mut self, id: &str, mut seen: Inspected) {
         let Some(track) = self.tracks.get_mut(id) else { return };
         seen.complete(track.seen.as_ref(), track.summary.as_ref());
-        (track.trouble, track.is_unreadable, track.is_unlisted) = (None, false, false);
+        (track.trouble, track.look_again) = (None, None);
+        (track.is_unreadable, track.is_unlisted) = (false, false);
         let exists = seen.phase != Phase::Stopped;
-        if let Vantage::Host { on_link } = &mut self.context.vantage
+        if let Vantage::Host { on_link } | Vantage::Inside { on_link, .. } = &mut self.context.vantage
             && let Ok(prefixes) = place::on_link_prefixes()
         {
             // A network that has just been made is a new interface of this host.
@@ -732,16 +670,14 @@ impl Watcher {
         }
     }
 
-    fn on_listed(&mut self, listed: Result<Listed, DiscoveryError>, context: Option<Context>, engine: Engine) {
+    fn on_listed(&mut self, listed: Result<(Listed, Context), DiscoveryError>) {
         self.listing = false;
-        let (mut summaries, is_whole) = match listed {
-            Ok(listed) => (listed.containers, listed.unreadable == 0),
+        let (listed, context) = match listed {
+            Ok(listed) => listed,
             Err(error) => return self.fail(error),
         };
-        self.adopt(engine);
-        if let Some(context) = context {
-            self.context = context;
-        }
+        self.take_place(context);
+        let (mut summaries, is_whole) = (listed.containers, listed.unreadable == 0);
         let all: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
         let gone: Vec<String> = self.tracks.keys().filter(|id| !all.contains(*id)).cloned().collect();
         // Those that are followed already stay so; of the others as many as there is room for.
@@ -778,16 +714,16 @@ impl Watcher {
         self.settle("");
     }
 
-    /// The list came from `engine`, whose paths are the ones that work.
-    fn adopt(&mut self, engine: Engine) {
-        let version = engine.version().map(str::to_owned);
-        if version == self.version && self.engine.is_some() {
-            return;
+    /// The place is known, or the engine does not tell it: then it is asked again before the next list is due.
+    fn take_place(&mut self, context: Context) {
+        match context.untold {
+            Some(_) => {
+                self.list_at = self.list_at.min(Instant::now() + self.place_retry);
+                self.place_retry = (self.place_retry * 2).min(RESYNC);
+            }
+            None => self.place_retry = PLACE_AGAIN,
         }
-        self.version = version;
-        // The stream was asked for by paths that are refused.
-        self.subscribe(&engine);
-        self.engine = Some(engine);
+        self.context = context;
     }
 
     /// `id` has been looked at; when nothing of the last list is left to look at, the whole truth is known.
@@ -806,51 +742,17 @@ impl Watcher {
     }
 }
 
-// === impl Track ===
-
-impl Track {
-    /// If the last signal was a stop notice for the run that was seen: the container's id, once.
-    fn stop_notice(&mut self, now_nanos: i64) -> Option<String> {
-        let seen = self.seen.as_ref()?;
-        let signalled = self.signalled.filter(|s| !s.is_replay || !is_before(s.time_nanos, seen, now_nanos))?;
-        self.endpoint.as_ref()?;
-        self.signalled = None;
-        is_stop_notice(signalled.signal, seen.stop_signal, seen.forges_signals()).then(|| seen.id.clone())
-    }
-
-    fn uses(&self, network: &str) -> bool {
-        let reach = self.endpoint.as_ref().and_then(|endpoint| endpoint.reach.as_ref().ok());
-        reach.and_then(|reach| reach.network.as_ref()).is_some_and(|used| used.id == network || used.name == network)
-    }
-
-    fn name<'a>(&'a self, id: &'a str) -> &'a str {
-        let listed = self.summary.as_ref().map_or(id, |summary| summary.name.as_str());
-        self.seen.as_ref().map_or(listed, |seen| seen.name.as_str())
-    }
-}
-
-/// Whether a replayed event is about an earlier run than the one seen. A start ahead of the clock tells nothing about
-/// that, because the clock has been put back since.
-fn is_before(time_nanos: i64, seen: &Inspected, now_nanos: i64) -> bool {
-    time_nanos < seen.started_nanos && seen.started_nanos <= now_nanos
-}
-
 // === talking to the engine ===
 
-async fn list(engine: Engine, may_try: bool, context: Context, now_nanos: i64) -> Finished {
-    let (engine, listed) = engine.negotiate(may_try).await;
-    let located = match listed {
-        Ok(listed) => {
-            let located = locate(&engine, context, place::self_id_candidates(), now_nanos).await;
-            located.map(|context| (listed, context))
-        }
-        Err(error) => Err(error),
-    };
-    let (listed, context) = match located {
-        Ok((listed, context)) => (Ok(listed), Some(context)),
-        Err(error) => (Err(error), None),
-    };
-    Finished::Listed { listed, context, engine }
+async fn list(
+    engine: Engine,
+    context: Context,
+    place: io::Result<Standing>,
+    now_nanos: i64,
+) -> Result<(Listed, Context), DiscoveryError> {
+    let listed = engine.list().await?;
+    let context = locate(&engine, context, place, now_nanos).await?;
+    Ok((listed, context))
 }
 
 async fn look(
@@ -864,6 +766,8 @@ async fn look(
         let Some(mut seen) = engine.inspect(&id).await? else {
             return Ok(None);
         };
+        // Whatever it calls itself.
+        seen.id.clone_from(&id);
         if let Some(owner) = seen.network_owner().map(str::to_owned) {
             let owner = engine.inspect(&owner).await?;
             seen.share_network_of(owner.as_ref(), shared.as_ref(), now_nanos);

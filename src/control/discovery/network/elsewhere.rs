@@ -6,6 +6,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use crate::base::foreign::few;
+
 use super::{
     NetworkMode, Published, Reach, Unreachable, WAYS_MAX, Wiring, is_on_loopback_only, standpoint::is_elsewhere,
 };
@@ -16,7 +18,7 @@ pub(super) fn reach(wiring: &Wiring, engine: &[IpAddr], ports: &[u16]) -> Result
     engine.retain(is_elsewhere);
     engine.sort();
     engine.dedup();
-    let named = || engine.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let named = || few(&engine.iter().map(ToString::to_string).collect::<Vec<_>>());
     match &wiring.mode {
         NetworkMode::Container(owner) => return Err(Unreachable::NamespaceGone { owner: owner.clone() }),
         NetworkMode::None => return Err(Unreachable::NoNetwork),

@@ -214,18 +214,21 @@ fn on_ports(address: IpAddr, ports: &[u16]) -> Vec<SocketAddr> {
 fn no_way(wiring: &Wiring, vantage: &Vantage, port: u16) -> Unreachable {
     let theirs = Names::of(wiring.attachments.iter().filter(|a| a.addresses().next().is_some()));
     let is_nowhere = theirs.0.is_empty();
-    match vantage {
-        _ if vantage.is_on_host() && is_nowhere => Unreachable::NowhereOnHost { port },
-        _ if vantage.is_on_host() => Unreachable::NotPublished { port, theirs },
-        Vantage::Container { attachments, .. } if is_nowhere => {
-            let ours = Names::of(attachments);
-            Unreachable::NoAddress { ours }
+    let ours = match vantage {
+        _ if vantage.is_on_host() && is_nowhere => return Unreachable::NowhereOnHost { port },
+        _ if vantage.is_on_host() => return Unreachable::NotPublished { port, theirs },
+        Vantage::Host { .. } | Vantage::Elsewhere { .. } => return Unreachable::NotPublished { port, theirs },
+        Vantage::Container { attachments, .. } => Names::of(attachments),
+        Vantage::Inside { on_link, .. } => {
+            let mut prefixes: Vec<String> = on_link.iter().map(|(ip, bits)| format!("{ip}/{bits}")).collect();
+            prefixes.sort();
+            Names(prefixes)
         }
-        Vantage::Container { attachments, .. } if is_on_loopback_only(wiring, port) => {
-            Unreachable::OnlyOnLoopback { port, theirs, ours: Names::of(attachments) }
-        }
-        Vantage::Container { attachments, .. } => Unreachable::NothingShared { theirs, ours: Names::of(attachments) },
-        Vantage::Host { .. } | Vantage::Elsewhere { .. } => Unreachable::NotPublished { port, theirs },
+    };
+    match () {
+        () if is_nowhere => Unreachable::NoAddress { ours },
+        () if is_on_loopback_only(wiring, port) => Unreachable::OnlyOnLoopback { port, theirs, ours },
+        () => Unreachable::NothingShared { theirs, ours },
     }
 }
 

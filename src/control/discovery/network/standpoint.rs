@@ -18,6 +18,15 @@ pub enum Vantage {
         /// Without it the gateway of a network is taken, which may be an internal one that leads to no published port.
         host_gateway: Option<IpAddr>,
     },
+    /// In a container of which the Engine does not tell the networks.
+    Inside {
+        /// Prefixes that are reached without a gateway, as address and length in bits: those of its networks.
+        on_link: Vec<(IpAddr, u8)>,
+        /// Its own addresses there.
+        own: Vec<IpAddr>,
+        /// The host's address as this container knows it.
+        host_gateway: Option<IpAddr>,
+    },
     /// In the network stack of the host, or of some other machine.
     Host {
         /// Prefixes that are reached without a gateway, as address and length in bits.
@@ -37,7 +46,7 @@ impl Vantage {
         match self {
             Vantage::Host { .. } => true,
             Vantage::Container { host_network, .. } => *host_network,
-            Vantage::Elsewhere { .. } => false,
+            Vantage::Inside { .. } | Vantage::Elsewhere { .. } => false,
         }
     }
 
@@ -45,7 +54,9 @@ impl Vantage {
     pub(super) fn address_on(&self, network: &Attachment) -> Option<IpAddr> {
         let mut addresses = network.addresses();
         match self {
-            Vantage::Host { on_link } => addresses.find(|ip| on_link.iter().any(|prefix| contains(*prefix, *ip))),
+            Vantage::Host { on_link } | Vantage::Inside { on_link, .. } => {
+                addresses.find(|ip| on_link.iter().any(|prefix| contains(*prefix, *ip)))
+            }
             Vantage::Elsewhere { .. } => None,
             Vantage::Container { host_network: true, .. } => addresses.next(),
             Vantage::Container { attachments, .. } => {
@@ -62,6 +73,7 @@ impl Vantage {
                 let gateways = by_preference(attachments).into_iter().map(|own| own.gateway);
                 [*host_gateway].into_iter().chain(gateways).flatten().find(is_elsewhere)
             }
+            Vantage::Inside { host_gateway, .. } => host_gateway.filter(is_elsewhere),
             Vantage::Container { .. } | Vantage::Host { .. } => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
             Vantage::Elsewhere { .. } => None,
         }

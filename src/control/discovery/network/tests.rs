@@ -460,6 +460,45 @@ fn a_port_published_on_another_address_of_the_engines_machine_is_reported() {
 }
 
 #[test]
+fn a_container_that_the_engine_does_not_tell_of_goes_by_its_own_prefixes_and_never_by_the_hosts_loopback() {
+    let inside = |host_gateway: Option<&str>| Vantage::Inside {
+        on_link: vec![("172.18.0.0".parse().unwrap(), 16)],
+        own: vec![ip("172.18.0.9")],
+        host_gateway: host_gateway.map(ip),
+    };
+    let with_gateway = inside(Some("172.18.0.1"));
+    assert_eq!(all_reached(&on("app 172.18.0.2; far 10.99.0.2"), &with_gateway, None, &[8000]), "172.18.0.2:8000");
+    let far = "far 10.99.0.2";
+    for (bindings, expected) in [
+        (&[("0.0.0.0", 18000)][..], "172.18.0.1:18000"),
+        (&[("", 18000)], "172.18.0.1:18000"),
+        (&[("127.0.0.1", 18000), ("::1", 18000)], "loopback of the host only"),
+        (&[], "it is on far, the proxy is on 172.18.0.0/16"),
+    ] {
+        let ports: Vec<Published> = bindings.iter().map(|(host_ip, port)| published(8000, host_ip, *port)).collect();
+        let told = all_reached(&publishing(far, &ports), &with_gateway, None, &[8000]);
+        assert!(told.contains(expected), "{bindings:?}: {told}");
+        let told = all_reached(&publishing(far, &ports), &inside(None), None, &[8000]);
+        assert!(!told.starts_with("127."), "{bindings:?}: {told}");
+    }
+    assert_eq!(all_reached(&with_mode(NetworkMode::Host), &with_gateway, None, &[8000]), "172.18.0.1:8000");
+    let advice = reach(&on(far), &with_gateway, None, &[8000]).unwrap_err().advice("vllm");
+    assert!(advice.contains("docker network connect NETWORK vllm"), "{advice}");
+}
+
+#[test]
+fn an_engine_with_many_addresses_is_named_by_a_few() {
+    let many: Vec<String> = (1..64).map(|n| format!("203.0.113.{n}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    for bindings in [vec![], vec!["127.0.0.1"], vec!["198.51.100.7"]] {
+        let ports: Vec<Published> = bindings.iter().map(|ip| published(8000, ip, 18000)).collect();
+        let why = reach(&publishing("app 172.18.0.2", &ports), &on_other_machine(&many), None, &[8000]).unwrap_err();
+        let told = format!("{why} {}", why.advice("vllm"));
+        assert!(told.contains("and 58 more") && told.len() < 600, "{told}");
+    }
+}
+
+#[test]
 fn what_cannot_be_reached_is_followed_by_the_next_network() {
     // On a host, the address on a macvlan network lies in the host's own network and cannot be reached all the same.
     let container = on("a-macvlan 192.168.1.77; app 172.18.0.2; far 10.99.0.2");
@@ -525,7 +564,10 @@ fn any_vantage() -> impl Strategy<Value = Vantage> {
         });
     let on_link = || prop::collection::vec((any_ip(), 0u8..=128), 0..4);
     let elsewhere = prop::collection::vec(any_ip(), 1..4).prop_map(|engine| Vantage::Elsewhere { engine });
-    prop_oneof![2 => container, 1 => on_link().prop_map(|on_link| Vantage::Host { on_link }), 1 => elsewhere]
+    let inside = (on_link(), prop::option::of(any_ip()));
+    let inside = inside.prop_map(|(on_link, host_gateway)| Vantage::Inside { on_link, own: Vec::new(), host_gateway });
+    let host = on_link().prop_map(|on_link| Vantage::Host { on_link });
+    prop_oneof![2 => container, 1 => host, 1 => elsewhere, 1 => inside]
 }
 
 fn any_wanted() -> impl Strategy<Value = Option<&'static str>> {
@@ -554,7 +596,7 @@ proptest! {
         turn(&mut other_wiring.published, by);
         match &mut other_vantage {
             Vantage::Container { attachments, .. } => turn(attachments, by),
-            Vantage::Host { on_link } => turn(on_link, by),
+            Vantage::Host { on_link } | Vantage::Inside { on_link, .. } => turn(on_link, by),
             Vantage::Elsewhere { engine } => turn(engine, by),
         }
         let other = reach(&other_wiring, &other_vantage, wanted, &[8000, 8001]);

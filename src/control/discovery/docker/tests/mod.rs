@@ -2,7 +2,7 @@
 //! waits cost nothing, and what takes 30 s is over at once.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     collections::BTreeMap,
     path::PathBuf,
     sync::{
@@ -19,6 +19,10 @@ use tokio::{
 };
 
 use super::{engine::ANSWER_TIMEOUT, *};
+use crate::control::discovery::Endpoint;
+
+mod standing;
+mod versions;
 
 /// 2100-01-01T00:00:00Z, when every container here was started: what happens to them happens after watching began.
 const STARTED_S: i64 = 4_102_444_800;
@@ -27,10 +31,16 @@ const SECOND: i64 = 1_000_000_000;
 std::thread_local! {
     /// What the watcher takes for this machine's time, in seconds after the start.
     static CLOCK_S: Cell<i64> = const { Cell::new(0) };
+    /// Where it stands, as far as its machine tells.
+    static PLACE: RefCell<Standing> = RefCell::default();
 }
 
 fn clock() -> i64 {
     (STARTED_S + CLOCK_S.get()) * SECOND
+}
+
+fn place() -> io::Result<Standing> {
+    PLACE.with_borrow(|standing| Ok(standing.clone()))
 }
 
 /// An engine: its containers, and what is wrong with it. Requests whose path holds a text in `held` wait for the test.
@@ -44,6 +54,8 @@ struct Script {
     failing: Vec<(&'static str, &'static str, &'static str)>,
     /// Paths without this before them are refused with 403.
     prefix: &'static str,
+    /// The same for paths that hold a text.
+    prefixes: Vec<(&'static str, &'static str)>,
     /// What the engine says to a version that it does not take; else that is refused, too.
     refusal: Option<&'static str>,
     /// It is Podman.
@@ -105,18 +117,32 @@ fn answer(status: &str, body: &str) -> String {
 impl Script {
     fn answer(&mut self, path: &str) -> String {
         self.asked.push(path.to_owned());
-        let Some(path) = path.strip_prefix(self.prefix) else {
-            let (status, message) = match self.refusal.filter(|_| path.starts_with("/v")) {
-                Some(refusal) => ("400 Bad Request", refusal),
-                None => ("403 Forbidden", "no"),
-            };
-            return answer(status, &json!({ "message": message }).to_string());
-        };
+        if let Some(refusal) = self.refuses(path) {
+            return refusal;
+        }
+        let path = path.strip_prefix(self.prefix_of(path)).unwrap();
         let answer = self.answer_plainly(path);
         match self.is_podman {
             true => answer.replacen("\r\n", "\r\nLibpod-Api-Version: 5.4.2\r\n", 1),
             false => answer,
         }
+    }
+
+    fn prefix_of(&self, path: &str) -> &'static str {
+        let own = self.prefixes.iter().find(|(part, _)| path.contains(part));
+        own.map_or(self.prefix, |(_, prefix)| prefix)
+    }
+
+    fn refuses(&self, path: &str) -> Option<String> {
+        let version = path.find("/containers").or(path.find("/events")).map_or("", |end| &path[..end]);
+        if version == self.prefix_of(path) {
+            return None;
+        }
+        let (status, message) = match self.refusal.filter(|_| path.starts_with("/v")) {
+            Some(refusal) => ("400 Bad Request", refusal),
+            None => ("403 Forbidden", "no"),
+        };
+        Some(answer(status, &json!({ "message": message }).to_string()))
     }
 
     /// What the list says of a container: `listed` in its JSON is put over the usual.
@@ -169,15 +195,15 @@ async fn serve(
     let head = String::from_utf8(head).unwrap();
     let target = head.split(' ').nth(1).unwrap();
     let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let (broken, is_held, answer) = {
+    let (broken, is_held, refusal, answer) = {
         let mut script = script.lock().unwrap();
         let broken = script.broken.is_some_and(|(under, _)| path.starts_with(under));
         let is_held = script.held.iter().any(|part| path.contains(part));
-        (broken, is_held, script.answer(path))
+        (broken, is_held, script.refuses(path), script.answer(path))
     };
     if path.ends_with("/events") {
-        if answer.starts_with("HTTP/1.1 403") {
-            connection.write_all(answer.as_bytes()).await.unwrap();
+        if let Some(refusal) = refusal {
+            let _ = connection.write_all(refusal.as_bytes()).await;
             return;
         }
         if broken {
@@ -219,7 +245,7 @@ impl FakeEngine {
             script: Arc::new(Mutex::new(script)),
             streams,
             held,
-            changes: Box::new(DockerDiscovery { clock, ..DockerDiscovery::new(endpoint, None, Vec::new()) })
+            changes: Box::new(DockerDiscovery { clock, place, ..DockerDiscovery::new(endpoint, None, Vec::new()) })
                 .changes(looks),
             wanted,
             to_test: (streams_sender, held_sender),
@@ -266,8 +292,7 @@ impl FakeEngine {
             Ok(Change::OutOfMemory(id)) => format!("oom {id}"),
             Ok(Change::Ended(id)) => format!("ended {id}"),
             Ok(Change::Notes(notes)) => {
-                let texts: Vec<String> =
-                    notes.into_iter().map(|note| format!("{}; {}", note.what, note.advice)).collect();
+                let texts: Vec<String> = notes.iter().map(ToString::to_string).collect();
                 format!("notes {}", texts.join(" | "))
             }
         }
@@ -599,38 +624,6 @@ async fn a_list_that_cannot_be_read_proves_nothing() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn an_engine_that_cannot_tell_does_not_move_the_proxy() {
-    let engine = FakeEngine::new(&["self"]);
-    engine.change(|script| {
-        let networks = json!({ "app": { "NetworkID": "n1", "IPAddress": "172.18.0.9", "Gateway": "172.18.0.1" } });
-        script.containers.get_mut("self").unwrap()["NetworkSettings"]["Networks"] = networks;
-    });
-    engine.listen();
-    let endpoint =
-        DockerEndpoint { host: Some(format!("unix://{}", engine.path.display())), ..DockerEndpoint::default() };
-    let client = Engine::connect(&endpoint, None).unwrap();
-    let candidates = || Ok(vec!["short".to_owned(), "self".to_owned()]);
-    let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new()), mpsc::channel(1).1).context;
-    let in_app = |context: &Context| match &context.vantage {
-        Vantage::Container { attachments, .. } => attachments.iter().any(|network| network.name == "app"),
-        Vantage::Host { .. } | Vantage::Elsewhere { .. } => false,
-    };
-
-    let located = locate(&client, unknown.clone(), candidates(), clock()).await.unwrap();
-    assert_eq!(located.self_id.as_deref(), Some("self"));
-    assert!(in_app(&located));
-
-    engine.change(|script| script.broken = Some(("/containers/self", "garbage")));
-    let later = locate(&client, located.clone(), candidates(), clock()).await.unwrap();
-    assert!(later.self_id.as_deref() == Some("self") && in_app(&later), "{later:?}");
-    let first = locate(&client, unknown, candidates(), clock()).await.unwrap();
-    assert!(first.self_id.is_none() && !in_app(&first), "nothing is made up either");
-    // That there is no such container is an answer.
-    engine.change(|script| *script = Script::default());
-    assert_eq!(locate(&client, located, candidates(), clock()).await.unwrap().self_id, None);
-}
-
 /// Changes a container of the script.
 fn set(engine: &FakeEngine, id: &'static str, change: impl FnOnce(&mut Value)) {
     engine.change(|script| change(script.containers.get_mut(id).unwrap()));
@@ -713,68 +706,6 @@ async fn an_event_that_cannot_be_read_brings_the_list_soon() {
     let changes = engine.until("ended a").await;
     assert!(changes.iter().all(|change| change == "upsert b"), "{changes:?}");
     assert!(began_at.elapsed() <= Duration::from_secs(6), "{:?}", began_at.elapsed());
-}
-
-#[tokio::test(start_paused = true)]
-async fn paths_with_a_version_are_used_where_others_are_refused() {
-    let too_new = Some("client version 1.44 is too new. Maximum supported API version is 1.25");
-    let too_old = Some("client version 1.44 is too old. Minimum supported API version is 1.59, please upgrade");
-    for (prefix, refusal, most) in [
-        ("/v1.44", None, 2),
-        ("/v1.41", None, 3),
-        ("/v1.24", None, 40),
-        ("/v1.60", None, 40),
-        ("/v1.47", None, 40),
-        ("/v1.25", too_new, 3),
-        ("/v1.59", too_old, 3),
-    ] {
-        let mut engine = FakeEngine::new(&["a"]);
-        engine.change(|script| (script.prefix, script.refusal) = (prefix, refusal));
-        engine.listen();
-        let changes = engine.until("reset a").await;
-        let note = changes.iter().find(|change| change.starts_with("notes")).expect("it is said");
-        assert!(changes.len() == 2 && note.contains(&format!("those with {} are used", &prefix[1..])), "{changes:?}");
-        let lists = |script: &Script| script.asked.iter().filter(|path| path.contains("/containers/json")).count();
-        engine.change(|script| assert!(lists(script) <= most, "{:?}", script.asked));
-        let mut stream = engine.stream().await;
-        stream.send(&event("a", "pause", 1)).await;
-        assert_eq!(engine.until("suspended a").await, [""; 0], "{prefix}: events, too");
-        engine.change(|script| script.asked.clear());
-        // The next list goes there at once.
-        engine.until("reset a").await;
-        engine.change(|script| assert!(script.asked.iter().all(|path| path.starts_with(prefix)), "{:?}", script.asked));
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_version_that_works_no_longer_is_replaced() {
-    let mut engine = FakeEngine::new(&["a"]);
-    engine.change(|script| script.prefix = "/v1.41");
-    engine.listen();
-    engine.until("reset a").await;
-    for prefix in ["/v1.44", ""] {
-        engine.change(|script| script.prefix = prefix);
-        engine.change(|script| drop(script.containers.insert("b", container("b", "running"))));
-        engine.until("reset a b").await;
-        engine.change(|script| drop(script.containers.remove("b")));
-        engine.until("reset a").await;
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn where_no_path_is_allowed_it_is_said_what_to_allow_and_asked_on() {
-    let mut engine = FakeEngine::new(&["a"]);
-    engine.change(|script| script.prefix = "/nowhere");
-    engine.listen();
-    let error = engine.next().await;
-    assert!(error.contains("403") && error.contains("GET /events") && error.contains("/v1.24 to /v1.60"), "{error}");
-    engine.change(|script| script.asked.clear());
-    for _ in 0..5 {
-        engine.next().await;
-    }
-    engine.change(|script| assert!(script.asked.len() < 40, "not all versions each time: {}", script.asked.len()));
-    engine.change(|script| script.prefix = "");
-    while engine.next().await != "reset a" {}
 }
 
 #[tokio::test(start_paused = true)]
@@ -917,24 +848,6 @@ async fn an_answer_that_is_not_the_engines_removes_nothing_and_its_list_does() {
         engine.change(|script| drop(script.containers.remove("a")));
         engine.until("ended a").await;
         engine.until("reset b").await;
-    }
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_page_that_is_not_the_engines_does_not_move_the_proxy() {
-    let engine = FakeEngine::new(&["self"]);
-    engine.listen();
-    let host = Some(format!("unix://{}", engine.path.display()));
-    let endpoint = DockerEndpoint { host, ..DockerEndpoint::default() };
-    let client = Engine::connect(&endpoint, None).unwrap();
-    let unknown = Watcher::new(DockerDiscovery::new(endpoint, None, Vec::new()), mpsc::channel(1).1).context;
-    let located = locate(&client, unknown, Ok(vec!["self".to_owned()]), clock()).await.unwrap();
-    assert_eq!(located.self_id.as_deref(), Some("self"));
-    for (status, body) in [("404 Not Found", PAGE), ("404 Not Found", "nothing here"), ("403 Forbidden", "no")] {
-        engine.change(|script| script.failing = vec![("/self/json", status, body)]);
-        let later = locate(&client, located.clone(), Ok(vec!["self".to_owned()]), clock()).await.unwrap();
-        assert_eq!(later.self_id.as_deref(), Some("self"), "{status} {body}");
-        assert!(matches!(later.vantage, Vantage::Container { .. }), "{status} {body}");
     }
 }
 
