@@ -36,6 +36,7 @@ use crate::{
     },
     pool::table::{self, TableReader},
     telemetry::{
+        Telemetry,
         metrics::Metrics,
         otlp::{Otlp, OtlpError, OtlpReport},
     },
@@ -118,7 +119,7 @@ impl App {
         let config = Arc::new(config);
         let count = std::thread::available_parallelism().map_or(1, usize::from);
         let (publisher, reader) = table::table();
-        let (metrics, otlp) = start_telemetry(&config, &reader)?;
+        let (telemetry, otlp) = start_telemetry(&config, &reader)?;
         let (ready, stopping) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let tasks = TaskTracker::new();
@@ -126,15 +127,15 @@ impl App {
 
         let source = discovery.name();
         let registry =
-            Registry::new(config.clone(), count, source, publisher, metrics.clone(), ready.clone(), tasks.clone());
-        discovery.count_in(&metrics);
+            Registry::new(config.clone(), count, source, publisher, telemetry.clone(), ready.clone(), tasks.clone());
+        discovery.count_in(&telemetry.metrics);
         tasks.spawn(vital.clone().task("registry", registry.run(discovery, asked)));
 
         let watched = CancellationToken::new();
         let admin = Admin {
             ready: ready.clone(),
             stopping: stopping.clone(),
-            reporter: Reporter { table: reader.clone(), metrics: metrics.clone() },
+            reporter: Reporter { table: reader.clone(), metrics: telemetry.metrics.clone() },
             asks,
             live: Live::new(watched.clone()),
         };
@@ -150,7 +151,7 @@ impl App {
             let scraping = returned(accepting.clone().run_until_cancelled_owned(scraping));
             tasks.spawn(vital.clone().task("scrape", scraping));
         }
-        let proxy = Arc::new(Proxy::new(&config, reader, metrics, admin));
+        let proxy = Arc::new(Proxy::new(&config, reader, telemetry, admin));
         let connections_max = listen::connections_max();
         let workers = Arc::new(Workers::start(count, connections_max, &proxy, &vital)?);
         let accept = {
@@ -250,12 +251,13 @@ async fn returned<T>(task: impl Future<Output = T>) -> String {
     RETURNED.to_owned()
 }
 
-/// The instruments, and what sends them if anything does.
-fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Arc<Metrics>, Option<Otlp>), StartError> {
-    let Some(settings) = &config.otlp else { return Ok((Arc::new(Metrics::default()), None)) };
+/// What the proxy tells of itself with, and what sends that, if anything does.
+fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Telemetry, Option<Otlp>), StartError> {
+    let Some(settings) = &config.otlp else { return Ok((Telemetry::default(), None)) };
     let mut otlp = Otlp::start(settings, &Handle::current())?;
-    let metrics = Arc::new(Metrics::with_telemetry(otlp.tracing(), settings.metrics.is_some()));
+    let metrics = Arc::new(Metrics::sent(settings.metrics.is_some()));
     let reporter = Reporter { table: table.clone(), metrics: metrics.clone() };
+    let telemetry = Telemetry { metrics, tracing: otlp.tracing() };
     otlp.send_metrics(move |report: &mut OtlpReport| {
         reporter.tell(report);
         reporter.tell_conventions(report);
@@ -268,7 +270,7 @@ fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Arc<Metrics>
             tracing::info!(what, collector = collector.place(), protocol = ?collector.protocol, "sending telemetry");
         }
     }
-    Ok((metrics, Some(otlp)))
+    Ok((telemetry, Some(otlp)))
 }
 
 async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: TaskTracker) {

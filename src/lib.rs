@@ -66,7 +66,9 @@
 //! Each part that counts holds its instrument ([`telemetry::metrics`], [`pool::tally`]) and adds to it;
 //! [`observe::report`] tells all of them once, in the words of one table ([`telemetry::families`]), to `/metrics`
 //! ([`telemetry::exposition`]) and to a collector ([`telemetry::otlp`]). [`data::proxy::trace`] follows a request where
-//! traces are wanted. [`observe::status`] has what the registry knows of every container and what has happened lately,
+//! traces are wanted: as spans of `tracing`, on a dispatcher that belongs to the proxy and from which
+//! `tracing-opentelemetry` exports them; a request that is not sampled makes none, and the log never hears of them. What a
+//! proxy tells of itself with is one [`telemetry::Telemetry`]. [`observe::status`] has what the registry knows of every container and what has happened lately,
 //! for programs, the terminal and the page ([`observe::pages`]).
 
 pub mod app;

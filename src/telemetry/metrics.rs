@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use super::{http_server::HttpMetrics, operation::Operation, otlp::Tracing};
+use super::{http_server::HttpMetrics, operation::Operation};
 use crate::{
     base::error::ProxyError,
     wire::scan::{Finish, Usage},
@@ -478,8 +478,6 @@ pub const PROBE_FAILURES: &[&str] = &["no_answer", "status", "unusable"];
 pub struct Metrics {
     /// Requests whose model no backend has ever announced, or that named none.
     pub unknown: ModelMetrics,
-    /// What makes spans, where traces are wanted.
-    pub tracing: Option<Tracing>,
     /// Requests as OpenTelemetry counts them, where metrics are sent to a collector.
     pub http: Option<HttpMetrics>,
     /// Time that the proxy itself added to a request: what `proxy_overhead_seconds` says.
@@ -533,7 +531,6 @@ pub struct DiscoveryMetrics {
 impl Default for Metrics {
     fn default() -> Metrics {
         Metrics {
-            tracing: None,
             http: None,
             unknown: ModelMetrics::default(),
             overhead: Histogram::new(&SHORT_SECONDS),
@@ -574,10 +571,9 @@ impl Metrics {
         Retry::ALL.into_iter().zip(&self.retries).map(|(why, counter)| (why, counter.get()))
     }
 
-    /// Instruments of a proxy whose requests are traced, if there is anything to trace them with, and whose metrics are
-    /// sent to a collector, if `is_sent`.
-    pub fn with_telemetry(tracing: Option<Tracing>, is_sent: bool) -> Metrics {
-        Metrics { tracing, http: is_sent.then(HttpMetrics::default), ..Metrics::default() }
+    /// Instruments of a proxy whose metrics are sent to a collector, if `is_sent`.
+    pub fn sent(is_sent: bool) -> Metrics {
+        Metrics { http: is_sent.then(HttpMetrics::default), ..Metrics::default() }
     }
 
     /// The routing table has changed.

@@ -10,3 +10,16 @@ pub mod operation;
 pub mod otlp;
 pub mod process;
 pub mod routes;
+
+use std::sync::Arc;
+
+use self::{metrics::Metrics, otlp::Tracing};
+
+/// What a proxy tells of itself with. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Telemetry {
+    /// Its instruments.
+    pub metrics: Arc<Metrics>,
+    /// What makes its spans, where traces are wanted.
+    pub tracing: Option<Tracing>,
+}

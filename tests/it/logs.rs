@@ -19,7 +19,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use crate::support::*;
+use crate::support::{collector::Collector, *};
 
 const SECRET: &str = "hf_in-confidence";
 const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
@@ -138,6 +138,13 @@ impl Program {
 
     fn said(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
+    }
+
+    fn listens_at(&self) -> SocketAddr {
+        let said = self.said();
+        let (_, rest) = said.split_once("address").and_then(|(_, rest)| rest.split_once("127.0.0.1:")).unwrap();
+        let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()))
     }
 
     async fn says(&self, what: &str) {
@@ -297,6 +304,63 @@ async fn o06_json_parses_at_every_level_and_holds_no_environment() {
         .filter(|line| !line.contains("\"target\":\"inference_proxy") && line.contains("\"DEBUG\""))
         .collect();
     assert!(others.is_empty(), "libraries are heard: {others:?}");
+}
+
+/// Each line of a request leads to its trace where one is recorded, and names none where nothing could be found by it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o06_lines_of_a_traced_request_carry_its_trace_id() {
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let upstream = Upstream::start("web", &["m"]).await;
+    let engine = Engine::start(&upstream).await;
+    let collector = Collector::start().await;
+    let url = collector.url();
+    for (format, field) in [
+        ("text", format!("trace_id={TRACE}")),
+        ("json", format!("\"trace_id\":\"{TRACE}\"")),
+        ("yaml", format!("trace_id: \"{TRACE}\"")),
+    ] {
+        let vars = [
+            ("PROXY_LOG", "debug"),
+            ("PROXY_ACCESS_LOG", "on"),
+            ("PROXY_LOG_FORMAT", format),
+            ("PROXY_RETRIES", "0"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
+        ];
+        let program = Program::start(&engine, &[], &vars);
+        program.says("web is live").await;
+        let addr = program.listens_at();
+        // As YAML, a line is a document.
+        let end = if format == "yaml" { "---\n" } else { "\n" };
+        let lines_with = |what: &str, id: &str| -> Vec<String> {
+            let said = program.said();
+            said.split(end).filter(|line| line.contains(what) && line.contains(id)).map(str::to_owned).collect()
+        };
+        let nonsense = vec![Step::ReadBody, Step::Send("nonsense\r\n\r\n".into())];
+        let mut broken = sse_begin();
+        broken.extend([Step::SendChunk("data: 1\n\n".into()), Step::Reset]);
+        for (kind, steps, messages) in [
+            ("whole", json_reply("{}"), &["request"][..]),
+            ("nonsense", nonsense, &["no HTTP answer", "attempt failed", "request"]),
+            ("broken", broken, &["answer cut", "request"]),
+        ] {
+            for (flags, is_traced) in [("01", true), ("00", false)] {
+                let id = format!("{kind}-{flags}");
+                upstream.script(steps.clone());
+                let request = Request::chat("m")
+                    .header("x-request-id", &id)
+                    .header("traceparent", &format!("00-{TRACE}-00f067aa0ba902b7-{flags}"));
+                let _ = Client::connect(addr).await.ask(&request).await;
+                for message in messages {
+                    eventually(format!("a line {message:?} of {id}"), async || !lines_with(message, &id).is_empty())
+                        .await;
+                    for line in lines_with(message, &id) {
+                        assert_eq!(line.contains(&field), is_traced, "{line}");
+                        assert_eq!(line.contains("trace_id"), is_traced, "{line}");
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

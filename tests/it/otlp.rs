@@ -52,6 +52,10 @@ fn event_names(span: &Span) -> Vec<&str> {
     span.events.iter().map(|event| event.name.as_str()).collect()
 }
 
+fn keys(span: &Span) -> Vec<&str> {
+    span.attributes.iter().map(|attribute| attribute.key.as_str()).collect()
+}
+
 #[track_caller]
 fn has(span: &Span, facts: &[(&str, &str)]) {
     for (key, value) in facts {
@@ -134,6 +138,62 @@ async fn o02_one_request(protocol: &str, gzip: &str) {
         assert_eq!(text(&span.attributes, "error.type"), None);
     }
     assert!(event_names(&client).contains(&"first_byte"), "{client:?}");
+    // Nothing is told beside that, such as where in the code or on which thread a span was begun.
+    assert_eq!(
+        keys(&server),
+        [
+            "http.request.method",
+            "http.method",
+            "http.route",
+            "url.path",
+            "url.scheme",
+            "http.response.status_code",
+            "http.status_code",
+            "network.protocol.version",
+            "client.address",
+            "gen_ai.operation.name",
+            "gen_ai.provider.name",
+            "streaming",
+            "http.response.body.size",
+            "request.id",
+            "user_agent.original",
+            "server.address",
+            "model",
+            "gen_ai.request.model",
+            "backend_url",
+            "container.id",
+            "container.name",
+            "gen_ai.response.finish_reasons",
+        ]
+    );
+    assert_eq!(
+        keys(&client),
+        [
+            "http.request.method",
+            "server.address",
+            "server.port",
+            "url.scheme",
+            "network.protocol.version",
+            "gen_ai.operation.name",
+            "gen_ai.provider.name",
+            "gen_ai.request.model",
+            "model",
+            "backend_url",
+            "container.id",
+            "container.name",
+            "container.image.name",
+            "http.response.status_code",
+            "streaming",
+            "gen_ai.response.time_to_first_chunk",
+            "gen_ai.usage.input_tokens",
+            "gen_ai.usage.output_tokens",
+            "gen_ai.response.finish_reasons",
+        ]
+    );
+    for span in [&server, &client] {
+        assert!(span.events.iter().all(|event| event.attributes.is_empty()) && span.links.is_empty(), "{span:?}");
+    }
+    assert_eq!((server.flags, client.flags), (0x301, 0x101), "sampled; the caller is remote, the request is not");
 
     // The backend is a child of the attempt.
     let head = upstream.peek(0, |received| received.head.clone()).unwrap();
@@ -298,6 +358,49 @@ async fn o02_who_is_not_sampled_is_not_recorded_and_the_backend_knows() {
     assert_eq!(sent(1).all("tracestate"), [""; 0]);
     assert!(sent(1).all("traceparent")[0].starts_with(&format!("00-{}-", hex(&server.trace_id))));
     assert_eq!(collector.spans_of(SpanKind::Server, 1).await.len(), 1);
+}
+
+/// Three proxies in one process, of which two export and one does not: each collector hears of its own proxy alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn o02_proxies_of_one_process_stay_apart() {
+    let upstream = Upstream::start("b", &["m"]).await;
+    upstream.always(json_reply("{}"));
+    let (here, there) = (Collector::start().await, Collector::start().await);
+    let apps = [
+        exporting(&here, HTTP, &[], &[&upstream]).await,
+        exporting(&there, HTTP, &[("OTEL_TRACES_SAMPLER", "parentbased_always_off")], &[&upstream]).await,
+        TestApp::start_with_backends(&[], &[&upstream]).await,
+    ];
+    let id = |app: usize, n: usize| format!("{app}-{n}");
+    for n in 0..20 {
+        for (index, app) in apps.iter().enumerate() {
+            let request = Request::chat("m").header("x-request-id", &id(index, n));
+            // The second one records what its caller records, and nothing else.
+            let request = if index == 1 && n % 2 == 0 { traced(request, "01") } else { request };
+            assert_eq!(app.ask(&request).await.status, 200);
+        }
+    }
+    for (collector, expected) in [(&here, 20), (&there, 10)] {
+        collector.spans_of(SpanKind::Server, expected).await;
+        collector.spans_of(SpanKind::Client, expected).await;
+    }
+    for app in apps {
+        app.shutdown().await;
+    }
+    for (index, collector, step) in [(0, &here, 1), (1, &there, 2)] {
+        let spans = collector.spans();
+        let of = |kind: SpanKind| spans.iter().filter(move |span| span.kind == kind as i32);
+        let mut ids: Vec<String> =
+            of(SpanKind::Server).map(|span| text(&span.attributes, "request.id").unwrap()).collect();
+        let mut expected: Vec<String> = (0..20).step_by(step).map(|n| id(index, n)).collect();
+        ids.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(ids, expected);
+        for client in of(SpanKind::Client) {
+            assert!(of(SpanKind::Server).any(|server| server.span_id == client.parent_span_id), "{client:?}");
+        }
+        assert_eq!(of(SpanKind::Client).count(), expected.len());
+    }
 }
 
 async fn o02_metrics_are_those_of_the_page(protocol: &str) {

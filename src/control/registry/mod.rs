@@ -44,7 +44,11 @@ use crate::{
         table::{ModelObject, Route, RoutingTable, TablePublisher},
         tally::Tally,
     },
-    telemetry::metrics::{Metrics, STATES, TableAction},
+    telemetry::{
+        Telemetry,
+        metrics::{Metrics, STATES, TableAction},
+        otlp::Tracing,
+    },
 };
 
 /// How long the connections of an ended container get to deliver what they still hold.
@@ -81,6 +85,7 @@ pub struct Registry {
     source: &'static str,
     publisher: TablePublisher,
     metrics: Arc<Metrics>,
+    tracing: Option<Tracing>,
     ready: Arc<AtomicBool>,
     tasks: TaskTracker,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
@@ -195,7 +200,7 @@ impl Registry {
         workers: usize,
         source: &'static str,
         publisher: TablePublisher,
-        metrics: Arc<Metrics>,
+        Telemetry { metrics, tracing }: Telemetry,
         ready: Arc<AtomicBool>,
         tasks: TaskTracker,
     ) -> Registry {
@@ -205,6 +210,7 @@ impl Registry {
             source,
             publisher,
             metrics,
+            tracing,
             ready,
             tasks,
             answers: mpsc::channel(ANSWERS_MAX),
@@ -298,7 +304,7 @@ impl Registry {
                     let text = format!("{} cannot be seen, what is known stays routed: {error}", self.source);
                     self.events.push(OffsetDateTime::now_utc(), Kind::DiscoveryLost, None, true, text);
                 }
-                if let Some(tracing) = self.metrics.tracing.as_ref().filter(|_| self.discovery.connected) {
+                if let Some(tracing) = self.tracing.as_ref().filter(|_| self.discovery.connected) {
                     tracing.happened("discovery.lost", || vec![("reason", error.to_string())]);
                 }
                 self.see(false);
@@ -423,7 +429,7 @@ impl Registry {
         };
         report_state(&mut self.events, &entry);
         self.metrics.transitions.increment(state_name(entry.life.state()));
-        trace_state(&self.metrics, &entry);
+        trace_state(self.tracing.as_ref(), &entry);
         self.dirty |= entry.life.is_coming();
         self.entries.insert(id.clone(), entry);
         self.apply(&id, effects);
@@ -453,7 +459,7 @@ impl Registry {
                 entry.detached = Some(Detached { tell_at, in_flight });
             } else {
                 report_state(&mut self.events, entry);
-                trace_state(&self.metrics, entry);
+                trace_state(self.tracing.as_ref(), entry);
                 entry.detached = None;
             }
             if before == State::Ready {
@@ -522,7 +528,7 @@ impl Registry {
         for entry in self.entries.values_mut() {
             if entry.detached.is_some_and(|detached| detached.tell_at <= now) {
                 report_state(&mut self.events, entry);
-                trace_state(&self.metrics, entry);
+                trace_state(self.tracing.as_ref(), entry);
                 entry.detached = None;
             }
         }
@@ -1214,10 +1220,10 @@ fn collect_turns(events: &mut Events, entry: &Entry) {
 }
 
 /// The same for traces, where there are any.
-fn trace_state(metrics: &Metrics, entry: &Entry) {
-    let Some(tracing) = &metrics.tracing else { return };
+fn trace_state(tracing: Option<&Tracing>, entry: &Entry) {
+    let Some(tracing) = tracing else { return };
     let (endpoint, state) = (&entry.endpoint, state_name(entry.life.state()));
-    tracing.happened(format!("backend.{state}"), || {
+    tracing.happened(format_args!("backend.{state}"), || {
         let reason = entry.explained().0.map(|reason| ("reason", reason));
         let facts = [
             ("container.id", endpoint.id.to_string()),

@@ -38,8 +38,8 @@ fn bench(configure: impl FnOnce(&mut Config)) -> Bench {
     configure(&mut config);
     let (publisher, reader) = table();
     let ready = Arc::new(AtomicBool::new(false));
-    let (metrics, tasks) = (Arc::new(Metrics::default()), TaskTracker::new());
-    let registry = Registry::new(Arc::new(config), 1, "test", publisher, metrics, ready.clone(), tasks);
+    let tasks = TaskTracker::new();
+    let registry = Registry::new(Arc::new(config), 1, "test", publisher, Telemetry::default(), ready.clone(), tasks);
     Bench { registry, reader, ready }
 }
 

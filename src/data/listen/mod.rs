@@ -448,21 +448,22 @@ mod tests {
             report::Reporter,
         },
         pool::table,
+        telemetry::Telemetry,
     };
 
     /// A proxy without backends.
     fn proxy() -> Arc<Proxy> {
         let (config, _) = Config::from_vars::<&str, &str>([]).unwrap();
         let (_, table) = table::table();
-        let metrics = Arc::new(Metrics::default());
+        let telemetry = Telemetry::default();
         let admin = Admin {
             ready: Arc::default(),
             stopping: Arc::new(AtomicBool::new(true)),
-            reporter: Reporter { table: table.clone(), metrics: metrics.clone() },
+            reporter: Reporter { table: table.clone(), metrics: telemetry.metrics.clone() },
             asks: mpsc::channel(1).0,
             live: Live::new(CancellationToken::new()),
         };
-        Arc::new(Proxy::new(&config, table, metrics, admin))
+        Arc::new(Proxy::new(&config, table, telemetry, admin))
     }
 
     #[tokio::test]

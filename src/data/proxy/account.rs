@@ -15,7 +15,7 @@ use super::{
     makers::Makers,
     paths,
     relay::Watch,
-    trace::{Summary, Trace},
+    trace::{ShownId, Summary, Trace},
 };
 use crate::{
     pool::backend::{Backend, InFlight, Member, Model},
@@ -172,6 +172,7 @@ impl<'r> Account<'r> {
         head: &'r RequestHead,
         request_id: &'r RequestId<'r>,
         client_ip: IpAddr,
+        trace: Trace,
         metrics: &'r Metrics,
         access_log: bool,
     ) -> Account<'r> {
@@ -186,7 +187,7 @@ impl<'r> Account<'r> {
             model: None,
             backend: None,
             attempts: 0,
-            trace: Trace::begin(metrics.tracing.as_ref(), head),
+            trace,
             status: 0,
             queued_for: Duration::ZERO,
             request_bytes: None,
@@ -317,24 +318,25 @@ impl<'r> Account<'r> {
         if ending == Ending::ClientGone {
             self.metrics.disconnects.increment(self.phase_word());
         }
+        let trace_id = self.trace.id();
         if !matches!(self.trace, Trace::Off) {
             self.end_trace(status, ending, usage);
         }
-        self.log(status, ending, duration);
+        self.log(trace_id, status, ending, duration);
         // A slot that it still has is given back with this.
         self.phase = Phase::Over;
     }
 
-    fn log(&self, status: u16, ending: Ending, duration: Duration) {
+    fn log(&self, trace_id: Option<ShownId>, status: u16, ending: Ending, duration: Duration) {
         if self.access_log {
             tracing::info!(
-                request_id = self.request_id(), client = %self.client_ip, method = %self.head.method, path = self.head.path(),
+                request_id = self.request_id(), trace_id, client = %self.client_ip, method = %self.head.method, path = self.head.path(),
                 status, model = self.model_id(), container = self.container(), attempts = self.attempts,
                 bytes = self.response_bytes, seconds = duration.as_secs_f64(), ending = ?ending, "request"
             );
         } else {
             tracing::debug!(
-                request_id = self.request_id(), client = %self.client_ip, method = %self.head.method, path = self.head.path(),
+                request_id = self.request_id(), trace_id, client = %self.client_ip, method = %self.head.method, path = self.head.path(),
                 status, model = self.model_id(), container = self.container(), attempts = self.attempts,
                 bytes = self.response_bytes, seconds = duration.as_secs_f64(), ending = ?ending, "request"
             );

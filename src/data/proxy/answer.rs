@@ -134,7 +134,8 @@ impl<S: Transport> Call<'_, S> {
             error.stream_event(self.asked.dialect, self.asked.head.path())
         });
         tracing::warn!(
-            container = account.container(), model = account.model_id(), request_id = account.request_id(), %why,
+            container = account.container(), model = account.model_id(), request_id = account.request_id(),
+            trace_id = account.trace.id(), %why,
             "answer cut"
         );
         self.proxy.metrics.cuts.increment(failure.cut_reason());

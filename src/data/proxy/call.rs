@@ -8,6 +8,7 @@ use super::{
     cors::CrossOrigin,
     headers::{Common, Persistence},
     state::Proxy,
+    trace::Trace,
 };
 use crate::{
     base::error::{Dialect, ProxyError},
@@ -88,7 +89,8 @@ impl From<Gone> for NoAnswer {
 impl<'r, S: Transport> Call<'r, S> {
     /// A request that is about to be forwarded.
     pub(super) fn new(proxy: &'r Proxy, client: &'r mut Client<S>, asked: Asked<'r>, is_below_v1: bool) -> Call<'r, S> {
-        let account = Account::new(asked.head, asked.id, asked.client_ip, &proxy.metrics, proxy.access_log);
+        let trace = Trace::begin(proxy.tracing.as_ref(), asked.head);
+        let account = Account::new(asked.head, asked.id, asked.client_ip, trace, &proxy.metrics, proxy.access_log);
         let replay = Replay::new(asked.head.framing, None, &proxy.limits);
         Call { proxy, client, asked, is_below_v1, replay, account }
     }

@@ -14,6 +14,7 @@ use super::{
     failure::Ending,
     headers::{self, Common, Delivery, Persistence},
     state::Proxy,
+    trace::Trace,
 };
 use crate::{
     base::error::{DIALECT_HEADER, Dialect, ProxyError},
@@ -35,7 +36,8 @@ pub(super) async fn answer<S: Transport>(
     asked: &Asked<'_>,
     response: &Response<Bytes>,
 ) -> After {
-    let mut account = Account::new(asked.head, asked.id, asked.client_ip, &proxy.metrics, proxy.access_log);
+    let trace = Trace::begin(proxy.tracing.as_ref(), asked.head);
+    let mut account = Account::new(asked.head, asked.id, asked.client_ip, trace, &proxy.metrics, proxy.access_log);
     account.answered_by_proxy(response);
     account.end(Ending::Complete);
     respond(client, asked, response, BodyDecoder::new(asked.head.framing)).await

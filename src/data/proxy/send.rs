@@ -221,18 +221,19 @@ impl<S: Transport> Call<'_, S> {
     /// Logs that an attempt has failed.
     fn log(&mut self, failure: Failure, stage: Stage, backend: &Backend) {
         self.account.trace.attempt_failed(failure.word());
-        let (request_id, container) = (self.account.request_id(), &*backend.spec.name);
+        let (request_id, trace_id) = (self.account.request_id(), self.account.trace.id());
+        let container = &*backend.spec.name;
         match failure {
             Failure::InvalidAnswer(why) => {
-                tracing::warn!(request_id, "{container} sent something that is no HTTP answer: {why}");
+                tracing::warn!(request_id, trace_id, "{container} sent something that is no HTTP answer: {why}");
             }
             Failure::Shortage if is_time_to_log_a_shortage() => {
-                tracing::warn!(request_id, container, "{}", ProxyError::Shortage);
+                tracing::warn!(request_id, trace_id, container, "{}", ProxyError::Shortage);
             }
             _ => {}
         }
         let attempt = self.account.attempts;
-        tracing::debug!(request_id, container, ?failure, ?stage, attempt, "attempt failed");
+        tracing::debug!(request_id, trace_id, container, ?failure, ?stage, attempt, "attempt failed");
     }
 }
 

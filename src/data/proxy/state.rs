@@ -14,7 +14,7 @@ use crate::{
     data::{affinity::Affinity, replay::BodyLimits},
     observe::pages::{Admin, Page},
     pool::table::TableReader,
-    telemetry::{metrics::Metrics, operation::Operation},
+    telemetry::{Telemetry, metrics::Metrics, operation::Operation, otlp::Tracing},
     wire::scan::PromptSeed,
 };
 
@@ -23,6 +23,7 @@ use crate::{
 pub struct Proxy {
     pub(super) table: TableReader,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) tracing: Option<Tracing>,
     pub(super) limits: Arc<BodyLimits>,
     pub(super) patience: Patience,
     pub(super) admin: Admin,
@@ -43,10 +44,11 @@ pub struct Proxy {
 
 impl Proxy {
     /// A proxy that routes by `table`.
-    pub fn new(config: &Config, table: TableReader, metrics: Arc<Metrics>, admin: Admin) -> Proxy {
+    pub fn new(config: &Config, table: TableReader, telemetry: Telemetry, admin: Admin) -> Proxy {
         Proxy {
             table,
-            metrics,
+            metrics: telemetry.metrics,
+            tracing: telemetry.tracing,
             limits: BodyLimits::new(config.max_body_bytes, config.hold_max_bytes),
             patience: Patience { idle: config.client_idle_timeout, write: config.client_write_timeout },
             admin,

@@ -15,7 +15,7 @@ use crate::{
         report::Reporter,
     },
     pool::table,
-    telemetry::metrics::Metrics,
+    telemetry::Telemetry,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -24,15 +24,15 @@ const SECOND: Duration = Duration::from_secs(1);
 fn proxy() -> Arc<Proxy> {
     let (config, _) = Config::from_vars([("PROXY_HOLD_MAX", "1KiB")]).unwrap();
     let (_, table) = table::table();
-    let metrics = Arc::new(Metrics::default());
+    let telemetry = Telemetry::default();
     let admin = Admin {
         ready: Arc::default(),
         stopping: Arc::default(),
-        reporter: Reporter { table: table.clone(), metrics: metrics.clone() },
+        reporter: Reporter { table: table.clone(), metrics: telemetry.metrics.clone() },
         asks: mpsc::channel(1).0,
         live: Live::new(CancellationToken::new()),
     };
-    Arc::new(Proxy::new(&config, table, metrics, admin))
+    Arc::new(Proxy::new(&config, table, telemetry, admin))
 }
 
 /// A client that has sent this much of a body whose model has not come.

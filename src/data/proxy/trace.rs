@@ -1,15 +1,16 @@
 //! What a request tells as spans: one for itself, below its caller's, and one for each attempt below that.
 //!
 //! Where tracing is off, all of this is one look at a discriminant. Whether a request is sampled is decided before
-//! anything is said of it; one that is not only hands its caller's trace on, marked as such.
+//! anything is said of it; one that is not makes no span and only hands its caller's trace on, marked as such. How spans
+//! become spans of `tracing`, and get out: [`crate::telemetry::otlp`].
 
 use std::{net::IpAddr, time::Duration};
 
 use opentelemetry::{
     Array, KeyValue, StringValue, Value,
-    trace::{Span as _, SpanContext, Status},
+    trace::{Status, TraceId},
 };
-use opentelemetry_sdk::trace::Span;
+use tracing::field::{DisplayValue, display};
 
 use super::failure::Ending;
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
     telemetry::{
         http_server,
         otlp::{
-            Tracing,
+            LiveSpan, Served, Tracing,
             w3c::{self, TRACEPARENT_BYTES},
         },
         routes::Route,
@@ -30,6 +31,9 @@ use crate::{
 
 /// Longest text that is taken over from a client or a backend.
 const TEXT_CHARS_MAX: usize = 256;
+
+/// The id of a trace as the log shows it.
+pub type ShownId = DisplayValue<TraceId>;
 
 /// The trace of one request.
 #[derive(Debug, Default)]
@@ -47,9 +51,9 @@ pub enum Trace {
 #[derive(Debug)]
 pub struct Recording {
     tracing: Tracing,
-    request: Span,
+    request: LiveSpan,
     /// The attempt under way.
-    attempt: Option<Span>,
+    attempt: Option<LiveSpan>,
     attempts: u32,
     /// What the backend of the present attempt is told.
     headers: TraceHeaders,
@@ -96,17 +100,24 @@ impl Trace {
         let Some(tracing) = tracing else { return Trace::Off };
         let caller = w3c::parse(head.lines.all(Known::TraceParent), head.lines.all(Known::TraceState));
         let keeps_state = caller.is_some();
-        let request = tracing.serve(caller);
-        match request.is_recording() {
-            true => Trace::On(Box::new(Recording {
+        match tracing.serve(caller) {
+            Served::Recorded(request) => Trace::On(Box::new(Recording {
                 tracing: tracing.clone(),
-                headers: TraceHeaders::of(request.span_context(), keeps_state),
+                headers: TraceHeaders { traceparent: request.traceparent(), keeps_state },
                 request,
                 attempt: None,
                 attempts: 0,
                 streams: false,
             })),
-            false => Trace::Unsampled(Box::new(TraceHeaders::of(request.span_context(), keeps_state))),
+            Served::Unsampled(traceparent) => Trace::Unsampled(Box::new(TraceHeaders { traceparent, keeps_state })),
+        }
+    }
+
+    /// The id of the trace, for the log: `None` unless the trace is recorded, because nothing could be found by it.
+    pub fn id(&self) -> Option<ShownId> {
+        match self {
+            Trace::Off | Trace::Unsampled(_) => None,
+            Trace::On(on) => Some(display(on.request.trace_id())),
         }
     }
 
@@ -161,16 +172,16 @@ impl Trace {
             on.request.add_event("retry", vec![KeyValue::new("container.name", spec.name.clone())]);
         }
         on.attempts += 1;
-        let name = format!("{} {}", operation.gen_ai_name(), model.id);
-        let attempt = on.tracing.attempt(on.request.span_context(), name, attributes);
-        on.headers = TraceHeaders::of(attempt.span_context(), on.headers.keeps_state);
+        let name = format_args!("{} {}", operation.gen_ai_name(), model.id);
+        let attempt = on.tracing.attempt(&on.request, name, attributes);
+        on.headers.traceparent = attempt.traceparent();
         on.attempt = Some(attempt);
     }
 
     /// There is no answer to this attempt. `why` is one of few words.
     pub fn attempt_failed(&mut self, why: &'static str) {
         let Trace::On(on) = self else { return };
-        let Some(mut attempt) = on.attempt.take() else { return };
+        let Some(attempt) = on.attempt.take() else { return };
         attempt.set_attribute(KeyValue::new("error.type", why));
         attempt.set_status(Status::error(why));
         attempt.end();
@@ -180,7 +191,7 @@ impl Trace {
     /// It is answered with "busy", and somebody else is asked.
     pub fn attempt_pushed_back(&mut self, status: u16) {
         let Trace::On(on) = self else { return };
-        let Some(mut attempt) = on.attempt.take() else { return };
+        let Some(attempt) = on.attempt.take() else { return };
         attempt.set_attribute(KeyValue::new("http.response.status_code", i64::from(status)));
         attempt.set_attribute(KeyValue::new("error.type", status.to_string()));
         attempt.set_status(Status::error(""));
@@ -192,7 +203,7 @@ impl Trace {
     pub fn answered(&mut self, status: u16, streams: bool) {
         let Trace::On(on) = self else { return };
         on.streams = streams;
-        if let Some(attempt) = &mut on.attempt {
+        if let Some(attempt) = &on.attempt {
             attempt.set_attribute(KeyValue::new("http.response.status_code", i64::from(status)));
             attempt.set_attribute(KeyValue::new("streaming", streams));
             attempt.add_event("first_byte", Vec::new());
@@ -202,7 +213,7 @@ impl Trace {
     /// The first token of the answer has come.
     pub fn first_token(&mut self, after: Duration) {
         let Trace::On(on) = self else { return };
-        if let Some(attempt) = &mut on.attempt {
+        if let Some(attempt) = &on.attempt {
             attempt.set_attribute(KeyValue::new("gen_ai.response.time_to_first_chunk", after.as_secs_f64()));
             attempt.add_event("first_token", Vec::new());
         }
@@ -222,19 +233,13 @@ impl Trace {
     }
 }
 
-impl TraceHeaders {
-    fn of(context: &SpanContext, keeps_state: bool) -> TraceHeaders {
-        TraceHeaders { traceparent: w3c::traceparent(context), keeps_state }
-    }
-}
-
 // === impl Recording ===
 
 impl Recording {
     fn end(mut self, summary: &Summary<'_>) {
         let Summary { head, status, ending, .. } = *summary;
         let error = error_type(status, ending);
-        if let Some(mut attempt) = self.attempt.take() {
+        if let Some(attempt) = self.attempt.take() {
             if let Some(usage) = &summary.usage {
                 attempt.set_attributes(usage_attributes(usage));
             }

@@ -332,7 +332,7 @@ mod tests {
                 for n in 0..1000 {
                     // As if hours passed between.
                     MINUTES.set(if n < 10 { 0 } else { n });
-                    tracing::warn!(container = "{a}", request_id = n, "answer cut");
+                    tracing::warn!(container = "{a}", request_id = n, trace_id = n, "answer cut");
                 }
             });
             let told = text.lines().find(|line| line.contains("left_out")).unwrap_or_else(|| panic!("{text}"));

@@ -19,7 +19,8 @@ const PERIOD: Duration = Duration::from_secs(60);
 /// Most lines that are remembered.
 const LINES_MAX: usize = 256;
 /// Fields that differ from one line to the next though they say the same.
-const VOLATILE: &[&str] = &["request_id", "in_flight", "attempt", "attempts", "rest", "seconds", "bytes", "client"];
+const VOLATILE: &[&str] =
+    &["request_id", "trace_id", "in_flight", "attempt", "attempts", "rest", "seconds", "bytes", "client"];
 
 /// What was written lately.
 #[derive(Debug, Default)]

@@ -1,13 +1,10 @@
 //! Traces and metrics for a collector (OTLP), where one is named in the environment.
 //!
-//! Spans are made by OpenTelemetry's SDK, which queues them and exports them from a thread of its own; the queue is bounded,
-//! and what does not fit is dropped. Metrics are read from the same instruments as `/metrics` each time they are sent, so
+//! Spans are spans of `tracing`, on a dispatcher that belongs to the proxy (`spans.rs`): unset or not sampled, none is made.
+//! OpenTelemetry's SDK gets them when they close, queues them and exports them from a thread of its own; the queue is
+//! bounded, and what does not fit is dropped. Metrics are read from the same instruments as `/metrics` each time they are sent, so
 //! requests pay for them once. The way to the collector is `client.rs`. A collector that is slow or dead costs telemetry, and
 //! one line in the log.
-//!
-//! Spans are made through OpenTelemetry's own API rather than as `tracing` spans: those would have to pass the process-wide
-//! subscriber, at a price on every request whether or not it is sampled, and they could not be switched on for one proxy of
-//! several in a process.
 
 mod client;
 mod report;
@@ -37,7 +34,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{client::CollectorClient, report::text_attribute};
-pub use self::{report::OtlpReport, spans::Tracing};
+pub use self::{
+    report::OtlpReport,
+    spans::{LiveSpan, Served, Tracing},
+};
 use crate::base::config::otlp::{Metrics, OtlpSettings, Traces};
 
 /// Who makes these spans and metrics.
@@ -66,6 +66,7 @@ pub enum OtlpError {
 #[derive(Debug)]
 pub struct Otlp {
     provider: Option<SdkTracerProvider>,
+    tracing: Option<Tracing>,
     metrics: Option<MetricsSender>,
     sending: Option<JoinHandle<()>>,
     runtime: Handle,
@@ -87,9 +88,13 @@ impl Otlp {
         let client = |what, collector: &crate::base::config::otlp::Collector| {
             CollectorClient::new(what, collector.clone(), runtime.clone(), closing.clone())
         };
-        let provider = match &settings.traces {
-            Some(traces) => Some(provider(traces, client("traces", &traces.collector)?, &resource)?),
-            None => None,
+        let (provider, tracing) = match &settings.traces {
+            Some(traces) => {
+                let provider = provider(traces, client("traces", &traces.collector)?, &resource)?;
+                let tracing = Tracing::new(provider.tracer_with_scope(spans::scope()), traces.sampler);
+                (Some(provider), Some(tracing))
+            }
+            None => (None, None),
         };
         let metrics = match &settings.metrics {
             Some(Metrics { collector, interval }) => Some(MetricsSender {
@@ -100,12 +105,12 @@ impl Otlp {
             }),
             None => None,
         };
-        Ok(Otlp { provider, metrics, sending: None, runtime: runtime.clone(), ending, closing })
+        Ok(Otlp { provider, tracing, metrics, sending: None, runtime: runtime.clone(), ending, closing })
     }
 
     /// What makes spans, if any are wanted.
     pub fn tracing(&self) -> Option<Tracing> {
-        self.provider.as_ref().map(|provider| Tracing::new(provider.tracer_with_scope(spans::scope())))
+        self.tracing.clone()
     }
 
     /// Begins to send metrics, if any are wanted, as `tell` tells them.
@@ -163,7 +168,8 @@ fn provider(traces: &Traces, client: CollectorClient, resource: &Resource) -> Re
         .build();
     let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
     Ok(SdkTracerProvider::builder()
-        .with_sampler(spans::sampler(traces.sampler))
+        .with_sampler(spans::decided())
+        .with_id_generator(spans::Ids::default())
         .with_resource(resource.clone())
         .with_span_processor(processor)
         .build())
