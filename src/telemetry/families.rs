@@ -1,7 +1,7 @@
 //! Every metric there is: what it is called and what it means, in each of the places where it is told.
 //!
-//! This table is what `/metrics`, OTLP, the README's table and the dashboard are checked against. A new instrument gets a
-//! row here and its series in [`crate::observe::report`].
+//! This table is what `/metrics`, OTLP, the table of `docs/metrics.md` and the dashboard are checked against. A new
+//! instrument gets a row here and its series in [`crate::observe::report`].
 
 /// One metric.
 #[derive(Debug)]

@@ -1,9 +1,6 @@
-//! Rules about the code itself: which room may use which, what pure code must not contain, and that the README knows
-//! everything a user can set or see.
+//! Rules about the code itself: which room may use which, and what pure code must not contain.
 
 use std::{fs, path::Path};
-
-use inference_proxy::{base::config::KNOBS, base::error::ProxyError, control::labels, telemetry::families};
 
 /// Files in which decisions are made: state, input and time come in as arguments.
 const PURE: &[&str] = &[
@@ -371,46 +368,5 @@ fn pure_files_have_no_clock_task_or_socket() {
         for word in forbidden {
             assert!(!code.contains(word), "{pure} is pure, but holds {word}");
         }
-    }
-}
-
-fn readme() -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
-}
-
-#[test]
-fn the_readme_has_every_variable_and_its_default() {
-    let readme = readme();
-    for knob in KNOBS {
-        let row = readme.lines().find(|line| line.starts_with(&format!("| `{}` |", knob.name)));
-        let row = row.unwrap_or_else(|| panic!("{} is not in the README's table", knob.name));
-        assert!(knob.default.is_empty() || row.contains(knob.default), "{row} should say {}", knob.default);
-    }
-}
-
-#[test]
-fn the_readme_has_every_label_and_its_default() {
-    let readme = readme();
-    for label in labels::KNOWN {
-        assert!(readme.lines().any(|line| line.starts_with(&format!("| `{}` |", label.name))), "{}", label.name);
-    }
-}
-
-#[test]
-fn the_readme_has_every_metric_and_every_error_code() {
-    let readme = readme();
-    for family in families::ALL {
-        let labels: Vec<String> = family.labels.iter().map(|label| format!("`{label}`")).collect();
-        let labels = if labels.is_empty() { "–".to_owned() } else { labels.join(", ") };
-        let row = format!("| `{}` | {labels} | {} |", family.name, family.kind.as_str());
-        assert!(readme.contains(&row), "the README's table of metrics lacks: {row}");
-    }
-    let rows = readme.lines().filter(|line| {
-        let name = line.strip_prefix("| `").and_then(|rest| rest.split('`').next()).unwrap_or_default();
-        name.starts_with("proxy_") || name.starts_with("process_")
-    });
-    assert_eq!(rows.count(), families::ALL.len(), "the README has metrics that there are not");
-    for error in ProxyError::CODES {
-        assert!(readme.contains(&format!("`{error}`")), "{error} is not in the README");
     }
 }

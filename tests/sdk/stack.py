@@ -135,7 +135,7 @@ class Backend(Process):
         return self.models[0]
 
     def control(self, query: str) -> None:
-        """Changes its behaviour; README.md lists the keys."""
+        """Changes its behaviour; docs/demo-backend.md lists the keys."""
         self.get("/_ctl?" + query)
 
     def stats(self) -> dict:

@@ -1,6 +1,6 @@
 //! Settings: every environment variable, defined once.
 //!
-//! [`KNOBS`] is the single table that parsing, `--help` and the README test read. A [`Config`] is the resolved form: no
+//! [`KNOBS`] is the single table that parsing, `--help` and the test of `docs/configuration.md` read. A [`Config`] is the resolved form: no
 //! option that must be set later, no text that must be parsed again. Only `main` reads the process environment; everything
 //! else gets it as pairs, so tests configure by value.
 

@@ -32,7 +32,7 @@ pub enum Target<'p> {
 
 /// Segments by which engines let anybody who reaches them change or stop them, mostly without a key. A path that holds one
 /// of them anywhere, however it is encoded, is never forwarded.
-const CONTROL: &[&str] = &[
+pub const CONTROL: &[&str] = &[
     "abort_request",
     "abort_requests",
     "adapters",
@@ -67,14 +67,14 @@ const CONTROL: &[&str] = &[
 ];
 
 /// Families of such segments, by their beginning.
-const CONTROL_PREFIXES: &[&str] = &["update_weights", "update_weight", "dump_", "load_lora", "unload_lora"];
+pub const CONTROL_PREFIXES: &[&str] = &["update_weights", "update_weight", "dump_", "load_lora", "unload_lora"];
 
 /// First segments under `/v1` of APIs that keep state.
-const STATEFUL: &[&str] =
+pub const STATEFUL: &[&str] =
     &["assistants", "batches", "conversations", "files", "fine_tuning", "threads", "uploads", "vector_stores"];
 
 /// Paths outside `/v1` that engines serve and that name a model in their body.
-const ENGINE_PATHS: &[&str] = &[
+pub const ENGINE_PATHS: &[&str] = &[
     "/api/chat",
     "/api/embed",
     "/api/embeddings",
@@ -104,7 +104,7 @@ const ENGINE_PATHS: &[&str] = &[
 ];
 
 /// Engines' paths whose body need not name a model, as an engine serves one only.
-const MODEL_OPTIONAL: &[&str] = &[
+pub const MODEL_OPTIONAL: &[&str] = &[
     "/classify",
     "/detokenize",
     "/pooling",
@@ -124,7 +124,7 @@ const MODEL_OPTIONAL: &[&str] = &[
 
 /// First segments below `/v1` of the APIs that engines serve. Behind a prefix that is no version, nothing else is: what an
 /// engine serves beside `/v1` is mostly there to control it.
-const API: &[&str] = &[
+pub const API: &[&str] = &[
     "audio",
     "chat",
     "classify",
@@ -175,10 +175,12 @@ pub fn may_name_no_model(method: &Method, path: &str) -> bool {
         || MODEL_OPTIONAL.binary_search(&path).is_ok()
 }
 
+/// Paths at and below which servers take bytes of any kind.
+pub const RAW: [&str; 5] = ["/v1/audio", "/v1/images", "/v1/videos", "/v1/realtime", "/invocations"];
+
 /// Whether servers take bytes of any kind here: audio, pictures, offers of a call. Everywhere else a body is JSON or a form,
 /// whatever its Content-Type says.
 pub fn takes_raw_bytes(path: &str) -> bool {
-    const RAW: [&str; 5] = ["/v1/audio", "/v1/images", "/v1/videos", "/v1/realtime", "/invocations"];
     let is_below = |rest: &str| rest.is_empty() || rest.starts_with('/');
     RAW.iter().any(|base| path.strip_prefix(base).is_some_and(is_below))
 }

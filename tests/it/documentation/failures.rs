@@ -12,19 +12,14 @@ use inference_proxy::{
     pool::breaker::Outcome,
 };
 
-/// The cells of the rows whose first cell begins with a code word, below this heading.
+/// The rows of the only table below this heading of `docs/failures.md`, without code marks.
 fn rows(heading: &str) -> Vec<Vec<String>> {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/failures.md");
-    let page = std::fs::read_to_string(path).unwrap();
-    let section = page.split("\n## ").find(|section| section.starts_with(heading));
-    let section = section.unwrap_or_else(|| panic!("docs/failures.md has no section {heading:?}"));
-    // Behind the head of the table and the line below it.
-    let rows = section.lines().filter(|line| line.starts_with("| ")).skip(1);
-    rows.map(|row| row.trim_matches('|').split(" | ").map(|cell| cell.trim().replace('`', "")).collect()).collect()
+    let rows = super::rows("docs/failures.md", heading);
+    rows.into_iter().map(|row| row.into_iter().map(|cell| cell.replace('`', "")).collect()).collect()
 }
 
 /// One error of each kind.
-fn errors() -> Vec<ProxyError> {
+pub(super) fn errors() -> Vec<ProxyError> {
     let text = || "x".to_owned();
     let bad = |code| ProxyError::BadRequest { code, message: text() };
     vec![
