@@ -121,13 +121,13 @@ pub fn command() -> Command {
                 .value_name("FORMAT")
                 .value_parser(["json", "text", "yaml"])
                 .global(true)
-                .help("how to write logs"),
+                .help("format of the log"),
         )
         .subcommand(Command::new("serve").about("Run the proxy (the default)"))
         .subcommand(
             Command::new("healthcheck")
-                .about("Exit 0 if the proxy answers, else 1; for HEALTHCHECK in images without a shell")
-                .arg(url("what to ask; anything that answers 2xx is healthy [default: /healthz of the proxy here]")),
+                .about("Exit with 0 if the proxy answers, else with 1; for HEALTHCHECK in images without a shell")
+                .arg(url("URL to ask; an answer 2xx is healthy [default: /healthz of the proxy here]")),
         )
         .subcommand(
             Command::new("status")
@@ -138,13 +138,13 @@ pub fn command() -> Command {
                         .long("json")
                         .action(ArgAction::SetTrue)
                         .conflicts_with("watch")
-                        .help("as JSON, the answer of GET /status"),
+                        .help("print the JSON of GET /status"),
                 )
                 .arg(
                     Arg::new("watch")
                         .long("watch")
                         .action(ArgAction::SetTrue)
-                        .help("show it again every second, as much as fits the terminal, until Ctrl-C"),
+                        .help("show the table again every second, as much as fits the terminal, until Ctrl-C"),
                 ),
         )
         .subcommand(
@@ -164,9 +164,7 @@ pub fn command() -> Command {
                         .value_parser(value_parser!(u16))
                         .help("port to listen on [default: 8000]"),
                 )
-                .arg(
-                    Arg::new("name").long("name").value_name("NAME").help("name it answers with [default: the host's]"),
-                )
+                .arg(Arg::new("name").long("name").value_name("NAME").help("name in its answers [default: the host's]"))
                 .arg(
                     Arg::new("model")
                         .long("model")
@@ -179,27 +177,27 @@ pub fn command() -> Command {
                         .long("latency-ms")
                         .value_name("N")
                         .value_parser(value_parser!(u64))
-                        .help("time to the first token"),
+                        .help("time before the first byte of an answer, in milliseconds [default: 0]"),
                 )
                 .arg(
                     Arg::new("tokens")
                         .long("tokens")
                         .value_name("N")
                         .value_parser(value_parser!(u32))
-                        .help("length of an answer"),
+                        .help("length of an answer, in tokens [default: 16]"),
                 )
                 .arg(
                     Arg::new("token-gap-ms")
                         .long("token-gap-ms")
                         .value_name("N")
                         .value_parser(value_parser!(u64))
-                        .help("time between tokens"),
+                        .help("time between two tokens, in milliseconds [default: 20]"),
                 )
                 .arg(
                     Arg::new("control")
                         .long("control")
                         .action(ArgAction::SetTrue)
-                        .help("let GET /_ctl change its behaviour, to try what happens when it breaks"),
+                        .help("let GET /_ctl change its behaviour, so that you can try its failures"),
                 )
                 .arg(Arg::new("allocate-mb").long("allocate-mb").value_parser(value_parser!(usize)).hide(true)),
         )

@@ -58,13 +58,17 @@ const fn label(name: &'static str, default: &'static str, help: &'static str) ->
 
 /// Every label that the proxy reads, in the order in which problems with them are reported.
 pub const KNOWN: &[LabelHelp] = &[
-    label(ENABLE, "", "true (also 1, yes, on) opts the container in; any other value: not routed"),
+    label(ENABLE, "", "true (also 1, yes, on) opts the container in; with any other value it is not routed"),
     label(PORT, "the only exposed TCP port, else 8000", "port of the inference server"),
     label(BASE_PATH, DEFAULT_BASE_PATH, "prefix of its API; / for none, a trailing slash makes no difference"),
-    label(NETWORK, "", "use the container's address on this Docker network; missing: not routed"),
-    label(HEALTH_PATH, "", "extra readiness path that is probed before the models are asked for"),
+    label(
+        NETWORK,
+        "",
+        "use the container's address on this Docker network; a container that is not on it is not routed",
+    ),
+    label(HEALTH_PATH, "", "extra readiness path that must answer 2xx before the proxy asks for the models"),
     label(WEIGHT, "1", "share of traffic among replicas, 0.001 to 1000"),
-    label(MAX_INFLIGHT, "no limit", "concurrent requests that this backend gets at most"),
+    label(MAX_INFLIGHT, "no limit", "the most requests that this backend gets at the same time"),
 ];
 
 /// What the labels of one container ask for, defaults filled in.

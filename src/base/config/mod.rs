@@ -50,8 +50,8 @@ const OWN: &[Knob] = &[
     knob(
         "PROXY_SETTLE",
         "5s",
-        "how long connections are still taken after SIGTERM, while /readyz says 503: longer than a front proxy's check \
-         interval and time-out together",
+        "how long the proxy still accepts connections after SIGTERM, while /readyz answers 503: longer than a front \
+         proxy's check interval and time-out together",
     ),
     knob("PROXY_NETWORK", "", "default for the label inference.network"),
     knob(
@@ -65,22 +65,26 @@ const OWN: &[Knob] = &[
         "which replica gets a request: ewma (fastest to the first byte for its load), least, round_robin or prefix",
     ),
     knob("PROXY_REQUIRE_HEALTHCHECK", "false", "true: ignore containers that have no HEALTHCHECK; false: probe them"),
-    knob("PROXY_MODELS_REFRESH", "30s", "how often live backends are asked again for their models"),
-    knob("PROXY_MODEL_GRACE", "60s", "how long a model that has gone is answered with 503 instead of 404"),
-    knob("PROXY_RETRIES", "1", "further attempts on another backend, only before anything of an answer was passed on"),
+    knob("PROXY_MODELS_REFRESH", "30s", "interval at which the proxy asks live backends again for their models"),
+    knob("PROXY_MODEL_GRACE", "60s", "how long requests for a model that has gone get 503 instead of 404"),
+    knob(
+        "PROXY_RETRIES",
+        "1",
+        "further attempts on another backend, only before the proxy has passed on any byte of an answer",
+    ),
     knob(
         "PROXY_QUEUE_MAX",
         "256",
-        "requests per model that wait, in order, while all replicas are full or its container is starting; 0: none",
+        "requests per model that wait, in order, while all replicas are full or its container is starting; 0: no queue",
     ),
-    knob("PROXY_QUEUE_TIMEOUT", "30s", "how long such a request waits; 0: not at all"),
+    knob("PROXY_QUEUE_TIMEOUT", "30s", "how long a request waits in that queue; 0: no queue"),
     knob("PROXY_CONNECT_TIMEOUT", "2s", "time limit for connecting to a backend"),
     knob("PROXY_CLIENT_IDLE_TIMEOUT", "650s", "how long a client's connection may be without a request"),
-    knob("PROXY_CLIENT_WRITE_TIMEOUT", "60s", "how long a client may take nothing of an answer that waits for it"),
+    knob("PROXY_CLIENT_WRITE_TIMEOUT", "60s", "how long a client may take no byte of an answer that is ready for it"),
     knob("PROXY_FIRST_BYTE_TIMEOUT", "off", "time limit from the request to the first byte of its answer"),
     knob("PROXY_IDLE_TIMEOUT", "off", "longest silence of a backend, before or within its answer"),
     knob("PROXY_MAX_BODY", "1GiB", "larger request bodies get 413"),
-    knob("PROXY_HOLD_MAX", "64MiB", "how much of one body may be held while its model is not yet known"),
+    knob("PROXY_HOLD_MAX", "64MiB", "how many bytes of one body the proxy holds while it does not know the model yet"),
     knob("PROXY_CORS_ORIGINS", "", "origins that get CORS headers, comma-separated; * for all"),
     knob(
         "PROXY_LOG",
@@ -88,7 +92,7 @@ const OWN: &[Knob] = &[
         "off, error, warn, info, debug, trace, or a filter such as info,inference_proxy::control::registry=debug",
     ),
     knob("PROXY_ACCESS_LOG", "off", "on: one line per request at info"),
-    knob("PROXY_USAGE_METRICS", "on", "off: answers are not looked at for their token counts and finish reasons"),
+    knob("PROXY_USAGE_METRICS", "on", "off: the proxy does not look into answers for token counts and finish reasons"),
     knob("PROXY_LOG_FORMAT", "", "text, json or yaml; unset: text on a terminal, else json"),
     knob("DOCKER_HOST", "", "Docker Engine to watch; unset: unix:///var/run/docker.sock"),
     knob("DOCKER_CERT_PATH", "", "folder with ca.pem, cert.pem and key.pem for a Docker Engine behind TLS"),
@@ -245,8 +249,8 @@ impl fmt::Display for Warning {
             }
             Warning::PlainDocker { host } => write!(
                 f,
-                "DOCKER_HOST={host} is a public address without TLS: whoever can reach it owns that machine; set \
-                 DOCKER_TLS_VERIFY"
+                "DOCKER_HOST={host} is a public address without TLS: every client that reaches it controls that machine; \
+                 set DOCKER_TLS_VERIFY"
             ),
         }
     }

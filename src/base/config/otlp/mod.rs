@@ -15,7 +15,7 @@ use super::{ConfigError, Env, Knob, Warning, knob, parse_bool, parse_url};
 
 /// The variables, in the order of `--help`.
 pub(super) const KNOBS: [Knob; 29] = [
-    knob("OTEL_EXPORTER_OTLP_ENDPOINT", "", "collector for traces and metrics; unset: nothing is exported"),
+    knob("OTEL_EXPORTER_OTLP_ENDPOINT", "", "collector for traces and metrics; unset: the proxy exports nothing"),
     knob("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "", "collector for traces, path included; unset: the common one"),
     knob("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "", "collector for metrics, path included; unset: the common one"),
     knob(
@@ -28,7 +28,7 @@ pub(super) const KNOBS: [Knob; 29] = [
     knob("OTEL_EXPORTER_OTLP_HEADERS", "", "headers for the collector, as key=value,key=value with URL encoding"),
     knob("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "", "the same for traces alone"),
     knob("OTEL_EXPORTER_OTLP_METRICS_HEADERS", "", "the same for metrics alone"),
-    knob("OTEL_EXPORTER_OTLP_TIMEOUT", "10000", "milliseconds that the collector gets to take what it is sent"),
+    knob("OTEL_EXPORTER_OTLP_TIMEOUT", "10000", "time limit in milliseconds for one export"),
     knob("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "", "the same for traces alone"),
     knob("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "", "the same for metrics alone"),
     knob("OTEL_EXPORTER_OTLP_COMPRESSION", "none", "gzip or none"),
@@ -39,19 +39,19 @@ pub(super) const KNOBS: [Knob; 29] = [
     knob("OTEL_EXPORTER_OTLP_METRICS_CERTIFICATE", "", "the same for metrics alone"),
     knob("OTEL_TRACES_EXPORTER", "otlp", "none: no traces"),
     knob("OTEL_METRICS_EXPORTER", "otlp", "none: no metrics over OTLP; /metrics stays"),
-    knob("OTEL_SDK_DISABLED", "false", "true: nothing is exported, whatever else is set"),
+    knob("OTEL_SDK_DISABLED", "false", "true: the proxy exports nothing, whatever else is set"),
     knob("OTEL_SERVICE_NAME", "inference-proxy", "service.name in traces and metrics"),
-    knob("OTEL_RESOURCE_ATTRIBUTES", "", "what else is said of this proxy, as key=value,key=value with URL encoding"),
+    knob("OTEL_RESOURCE_ATTRIBUTES", "", "further attributes of this proxy, as key=value,key=value with URL encoding"),
     knob(
         "OTEL_TRACES_SAMPLER",
         "parentbased_always_on",
-        "always_on, always_off, traceidratio, or one of these after parentbased_, which does as the caller did",
+        "always_on, always_off, traceidratio, or one of these after parentbased_, which follows the caller's decision",
     ),
     knob("OTEL_TRACES_SAMPLER_ARG", "1.0", "for traceidratio: the share of requests to trace, 0 to 1"),
     knob("OTEL_METRIC_EXPORT_INTERVAL", "60000", "milliseconds between two exports of metrics"),
     knob("OTEL_BSP_SCHEDULE_DELAY", "5000", "milliseconds between two exports of spans"),
-    knob("OTEL_BSP_MAX_QUEUE_SIZE", "2048", "spans that wait for the next export; more are dropped"),
-    knob("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512", "spans that are sent at a time"),
+    knob("OTEL_BSP_MAX_QUEUE_SIZE", "2048", "spans that wait for the next export; the proxy drops more"),
+    knob("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "512", "spans in one export"),
 ];
 
 /// Those of the specification that are not used, each with the values that ask for what is done anyway. A name that ends
