@@ -1,6 +1,6 @@
 //! The life of a request: [`Proxy::serve`] reads it from its client's connection and sees it to its end.
 //!
-//! A request that goes to a backend is a [`call::Call`], which carries all that belongs to it, and its life is a line of
+//! A request that goes to a backend is a `call::Call`, which carries all that belongs to it, and its life is a line of
 //! steps, one file each:
 //!
 //! ```text
