@@ -134,6 +134,15 @@ pub struct Endpoint {
     pub stop_grace: Duration,
 }
 
+// === impl Endpoint ===
+
+impl Endpoint {
+    /// Nothing is known of it but that it is there: the source has not been told more.
+    pub fn is_unread(&self) -> bool {
+        self.incarnation == Incarnation::UNKNOWN && self.reach.is_err()
+    }
+}
+
 /// Why an endpoint cannot be used, in two halves for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Obstacle {

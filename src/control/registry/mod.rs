@@ -381,11 +381,19 @@ impl Registry {
         let Some(entry) = self.entries.get_mut(&id) else {
             return self.on_found(endpoint);
         };
-        let news = entry.verdict.look(endpoint.health, endpoint.health_check, Instant::now());
+        let news = match entry.endpoint.is_unread() {
+            // What was said of its check before it could be read was nothing.
+            true => {
+                let (verdict, news) = Verdict::first(endpoint.health, endpoint.health_check, Instant::now());
+                entry.verdict = verdict;
+                news
+            }
+            false => entry.verdict.look(endpoint.health, endpoint.health_check, Instant::now()),
+        };
         if endpoint.phase != Phase::Running {
             entry.verdict.interrupted();
         }
-        report_health(&mut self.events, &endpoint.name, news);
+        report_health(&mut self.events, &endpoint, news);
         let fitness = fitness(&endpoint, &entry.verdict, is_required);
         if entry.endpoint.problems != endpoint.problems {
             report_problems(&mut self.events, &endpoint);
@@ -409,7 +417,7 @@ impl Registry {
         report_problems(&mut self.events, &endpoint);
         let id = endpoint.id.clone();
         let (verdict, news) = Verdict::first(endpoint.health, endpoint.health_check, Instant::now());
-        report_health(&mut self.events, &endpoint.name, news);
+        report_health(&mut self.events, &endpoint, news);
         let fitness = fitness(&endpoint, &verdict, self.config.require_healthcheck);
         let (life, effects) = Lifecycle::found(fitness, self.config.drain_timeout);
         let entry = Entry {
@@ -1152,7 +1160,11 @@ fn overdue_advice(container: &str) -> String {
     format!("see whether it hangs: docker inspect -f '{{{{json .State.Health}}}}' {container}")
 }
 
-fn report_health(events: &mut Events, container: &str, news: Option<News>) {
+fn report_health(events: &mut Events, endpoint: &Endpoint, news: Option<News>) {
+    if endpoint.is_unread() {
+        return; // its check says nothing because nothing of it is known
+    }
+    let container = endpoint.name.as_str();
     let advice = overdue_advice(container);
     let (loud, text, advice) = match news {
         None => return,

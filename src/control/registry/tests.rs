@@ -364,6 +364,26 @@ async fn a_container_that_cannot_be_read_at_first_has_not_ended_when_it_can() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nothing_is_said_of_the_health_of_a_container_that_cannot_be_read() {
+    for is_required in [false, true] {
+        let mut bench = bench(|config| config.require_healthcheck = is_required);
+        let mut unread: Endpoint = container("a").incarnation(Incarnation::UNKNOWN.0).health(Health::Unknown).into();
+        let (what, advice) = ("the engine does not tell about it".to_owned(), "see its log".to_owned());
+        unread.reach = Err(Obstacle { what, advice });
+        for _ in 0..9 {
+            bench.change(Change::Reset(vec![unread.clone()]));
+            bench.pass(Duration::from_secs(60)).await;
+        }
+        assert_eq!(bench.told(Kind::HealthCheck), [""; 0], "nothing is known of its check");
+        assert_eq!(bench.told(Kind::NotRouted), ["is not routed: the engine does not tell about it"]);
+        let read = || container("a").incarnation(2).health(Health::Healthy);
+        bench.change(upsert(read()));
+        bench.answer("a", &["m"]);
+        assert_eq!((bench.table(), bench.told(Kind::HealthCheck)), (vec!["m: a".to_owned()], Vec::new()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_note_without_advice_alarms_nobody() {
     let mut bench = bench(|_| {});
     let note = |what: &str, advice: Option<&str>| Note { what: what.to_owned(), advice: advice.map(str::to_owned) };

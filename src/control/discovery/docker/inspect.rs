@@ -383,21 +383,24 @@ fn published((port, bindings): (&String, &Value)) -> Vec<Published> {
         return Vec::new();
     };
     let published = |binding: &Value| {
-        Some(Published {
-            container_port,
-            host_ip: text(&binding["HostIp"]).and_then(|ip| ip.parse().ok()),
-            host_port: u16::try_from(number(&binding["HostPort"])?).ok()?,
-        })
+        let host_ip = match &binding["HostIp"] {
+            Value::Null => None,
+            // An address that cannot be read is not all addresses: behind those there may be somebody else.
+            ip => match ip.as_str()?.trim_matches(['[', ']']) {
+                "" => None,
+                ip => Some(ip.parse().ok()?),
+            },
+        };
+        let host_port = u16::try_from(number(&binding["HostPort"])?).ok().filter(|port| *port != 0)?;
+        Some(Published { container_port, host_ip, host_port })
     };
     bindings.as_array().into_iter().flatten().filter_map(published).collect()
 }
 
 fn tcp_port(text: &str) -> Option<u16> {
-    match text.split_once('/') {
-        Some((port, "tcp")) => port.parse().ok(),
-        Some(_) => None,
-        None => text.parse().ok(),
-    }
+    let (port, kind) = text.split_once('/').unwrap_or((text, "tcp"));
+    let port = port.parse().ok().filter(|port| *port != 0);
+    port.filter(|_| kind.eq_ignore_ascii_case("tcp"))
 }
 
 /// What a container's health means. Engines without a check say nothing, `none` or an empty word.
@@ -478,6 +481,36 @@ mod tests {
         });
         change(&mut json);
         Inspected::read("c1", &json).unwrap()
+    }
+
+    #[test]
+    fn a_binding_that_cannot_be_read_is_no_binding() {
+        let published = |port: &str, host_ip: Value, host_port: Value| {
+            let binding = serde_json::json!({ "HostIp": host_ip, "HostPort": host_port });
+            let ports = serde_json::json!({ port: [binding, null, "0.0.0.0:8000"] });
+            let published = inspected(|json| json["NetworkSettings"]["Ports"] = ports).wiring.published;
+            published.iter().map(|p| format!("{:?}:{}", p.host_ip, p.host_port)).collect::<Vec<_>>().join(" ")
+        };
+        let text = |text: &str| Value::from(text);
+        for (port, host_ip, host_port, expected) in [
+            ("8000/tcp", text("0.0.0.0"), text("18000"), "Some(0.0.0.0):18000"),
+            ("8000", text(""), text("18000"), "None:18000"),
+            ("8000/TCP", Value::Null, Value::from(18000), "None:18000"),
+            ("8000/tcp", text("[::1]"), text("18000"), "Some(::1):18000"),
+            // Somebody else may be behind all addresses.
+            ("8000/tcp", text("fe80::1%eth0"), text("18000"), ""),
+            ("8000/tcp", text("localhost"), text("18000"), ""),
+            ("8000/tcp", Value::from(7), text("18000"), ""),
+            ("8000/tcp", text("0.0.0.0"), text("0"), ""),
+            ("8000/tcp", text("0.0.0.0"), text(""), ""),
+            ("8000/tcp", text("0.0.0.0"), text("65536"), ""),
+            ("8000/tcp", text("0.0.0.0"), text("18000-18010"), ""),
+            ("8000/tcp", text("0.0.0.0"), Value::from(-1), ""),
+            ("8000/quic", text("0.0.0.0"), text("18000"), ""),
+            ("0/tcp", text("0.0.0.0"), text("18000"), ""),
+        ] {
+            assert_eq!(published(port, host_ip.clone(), host_port.clone()), expected, "{port} {host_ip} {host_port}");
+        }
     }
 
     fn context() -> Context {

@@ -316,14 +316,16 @@ impl Watcher {
 
     /// Connects if need be, subscribes if need be, and asks for the list.
     fn begin_list(&mut self) {
-        if self.engine.is_none() {
+        let is_new = self.engine.is_none();
+        if is_new {
             match Engine::connect(&self.settings.endpoint, self.paths.clone()) {
                 Ok(engine) => self.engine = Some(engine),
                 Err(error) => return self.fail(error),
             }
         }
         let Some(engine) = self.engine.clone() else { return };
-        if self.heard.is_none() {
+        // A stream from before the engine failed may be dead without a word.
+        if is_new || self.heard.is_none() {
             self.subscribe(&engine);
         }
         self.listing = true;
@@ -365,10 +367,10 @@ impl Watcher {
         }
     }
 
-    /// The engine cannot be asked: say so and try again later. What is known stays.
+    /// The engine cannot be asked: say so and try again later. What is known stays, and events are heard until the next
+    /// attempt subscribes again: one kind of answer may fail without the others.
     fn fail(&mut self, error: DiscoveryError) {
         self.engine = None;
-        self.heard = None;
         self.outstanding = None;
         let jitter = Duration::from_millis(fastrand::u64(0..=50));
         self.list_at = Instant::now() + self.retry + jitter;
@@ -491,7 +493,7 @@ impl Watcher {
             Kind::Paused => self.out.push_back(Ok(Change::Suspended(endpoint_id()))),
             Kind::OutOfMemory => self.out.push_back(Ok(Change::OutOfMemory(endpoint_id()))),
             Kind::Disconnected(network) => {
-                if track.uses(&network) {
+                if track.needs(&network) {
                     self.out.push_back(Ok(Change::Detached(endpoint_id())));
                 }
             }
@@ -678,6 +680,8 @@ impl Watcher {
         };
         self.take_place(context);
         let (mut summaries, is_whole) = (listed.containers, listed.unreadable == 0);
+        summaries.sort_by(|a, b| a.id.cmp(&b.id));
+        summaries.dedup_by(|a, b| a.id == b.id);
         let all: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
         let gone: Vec<String> = self.tracks.keys().filter(|id| !all.contains(*id)).cloned().collect();
         // Those that are followed already stay so; of the others as many as there is room for.

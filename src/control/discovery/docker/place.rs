@@ -79,7 +79,13 @@ pub(super) fn is_here(ip: IpAddr, is_nameless: bool) -> io::Result<bool> {
 
 /// The addresses from which this process reaches networks on link. Those that cannot be told are left out.
 pub(super) fn own_addresses(on_link: &[(IpAddr, u8)]) -> Vec<IpAddr> {
-    let mut own: Vec<IpAddr> = on_link.iter().filter_map(|(prefix, _)| source_towards(*prefix).ok()).collect();
+    // The first address of a prefix is its network's own, to which some kernels send nothing.
+    let next = |prefix: IpAddr| match prefix {
+        IpAddr::V4(ip) => IpAddr::V4((ip.to_bits() | 1).into()),
+        IpAddr::V6(ip) => IpAddr::V6((ip.to_bits() | 1).into()),
+    };
+    let towards = |(prefix, _): &(IpAddr, u8)| source_towards(next(*prefix)).or_else(|_| source_towards(*prefix)).ok();
+    let mut own: Vec<IpAddr> = on_link.iter().filter_map(towards).collect();
     own.sort();
     own.dedup();
     own

@@ -55,8 +55,11 @@ impl Track {
         is_stop_notice(signalled.signal, seen.stop_signal, seen.forges_signals()).then(|| seen.id.clone())
     }
 
-    pub(super) fn uses(&self, network: &str) -> bool {
+    /// Whether it cannot be reached without this network. Where there are ways on other networks, a look tells which of
+    /// them are left; which one is used is not known here.
+    pub(super) fn needs(&self, network: &str) -> bool {
         let reach = self.endpoint.as_ref().and_then(|endpoint| endpoint.reach.as_ref().ok());
+        let reach = reach.filter(|reach| reach.others.is_empty());
         reach.and_then(|reach| reach.network.as_ref()).is_some_and(|used| used.id == network || used.name == network)
     }
 

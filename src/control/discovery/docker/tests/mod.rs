@@ -21,6 +21,7 @@ use tokio::{
 use super::{engine::ANSWER_TIMEOUT, *};
 use crate::control::discovery::Endpoint;
 
+mod failing;
 mod standing;
 mod versions;
 
