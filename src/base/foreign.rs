@@ -60,6 +60,12 @@ pub fn shown(text: &str, chars_max: usize) -> String {
     shown
 }
 
+/// A name as it is, unless it is longer than this or holds what cannot be seen: then as a message may quote it.
+pub fn name(name: &str, chars_max: usize) -> String {
+    let is_plain = name.chars().nth(chars_max).is_none() && !name.contains(is_misleading);
+    if is_plain { name.to_owned() } else { shown(name, chars_max) }
+}
+
 /// As much of a text as fits into so many bytes, with an ellipsis where something is missing.
 pub fn cut(mut text: String, bytes_max: usize) -> String {
     const MORE: char = '…';
@@ -101,6 +107,21 @@ mod tests {
         let wrong = ('\0'..=char::MAX).find(|c| is_misleading(*c) && !c.escape_debug().to_string().starts_with('\\'));
         assert_eq!(wrong, None);
         assert_eq!(shown("a\u{202e}b\n\"", 9), "a\\u{202e}b\\n\\\"");
+    }
+
+    #[test]
+    fn names_are_left_alone_unless_they_mislead() {
+        for plain in ["", "app-llm-1", "<b>'\"", "模型", "abcdefghijkl"] {
+            assert_eq!(name(plain, 12), plain);
+        }
+        for (odd, expected) in [
+            ("a\u{1b}[2Jb", "a\\u{1b}[2Jb"),
+            ("a\nb", "a\\nb"),
+            ("a\u{202e}b", "a\\u{202e}b"),
+            ("abcdefghijklm", "abcdefghijkl…"),
+        ] {
+            assert_eq!(name(odd, 12), expected);
+        }
     }
 
     #[test]

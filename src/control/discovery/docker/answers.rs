@@ -8,6 +8,11 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use crate::base::foreign;
+
+/// Longest name of a container or image that is told.
+const NAME_CHARS_MAX: usize = 255;
+
 /// An answer that is not JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NotJson;
@@ -82,12 +87,17 @@ impl Summary {
         let name = names.map(|name| name.trim_start_matches('/')).find(|name| !name.is_empty() && !name.contains('/'));
         Some(Summary {
             id: id.to_owned(),
-            name: name.map_or_else(|| short(id), str::to_owned),
-            image: text(&entry["Image"]).unwrap_or_default().to_owned(),
+            name: name.map_or_else(|| short(id), shown),
+            image: shown(text(&entry["Image"]).unwrap_or_default()),
             labels: texts(&entry["Labels"]),
             state: text(&entry["State"]).map(str::to_owned),
         })
     }
+}
+
+/// A name that an engine tells: it may be somebody else's engine.
+pub(super) fn shown(name: &str) -> String {
+    foreign::name(name, NAME_CHARS_MAX)
 }
 
 /// An id as people know it.

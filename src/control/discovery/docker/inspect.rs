@@ -13,7 +13,7 @@ use std::{
 use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::answers::{Summary, number, text, texts};
+use super::answers::{Summary, number, shown, text, texts};
 use crate::{
     base::foreign,
     control::{
@@ -26,6 +26,8 @@ use crate::{
     },
 };
 
+/// Length of a whole id.
+const FULL_ID: usize = 64;
 /// Docker's grace between the stop signal and SIGKILL, unless the container or the call says otherwise.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 const SIGTERM: u8 = 15;
@@ -88,6 +90,10 @@ impl Inspected {
         if !state.is_object() && !config.is_object() {
             return None;
         }
+        let told = text(&answer["Id"]);
+        if id.len() == FULL_ID && told.is_some_and(|told| told != id) {
+            return None; // about another container
+        }
         let labels = texts(&config["Labels"]);
         let (phase, is_stopping) = phase(state);
         let mode = match text(&answer["HostConfig"]["NetworkMode"]) {
@@ -110,9 +116,9 @@ impl Inspected {
         let name = text(&answer["Name"]).unwrap_or_default().trim_start_matches('/');
         let image = text(&config["Image"]).or_else(|| text(&answer["Image"]));
         Some(Inspected {
-            id: text(&answer["Id"]).unwrap_or(id).to_owned(),
-            name: name.to_owned(),
-            image: image.unwrap_or_default().to_owned(),
+            id: told.unwrap_or(id).to_owned(),
+            name: shown(name),
+            image: shown(image.unwrap_or_default()),
             started_nanos: state["StartedAt"].as_str().map_or(0, run),
             phase,
             is_stopping,
@@ -511,6 +517,29 @@ mod tests {
         ] {
             assert_eq!(published(port, host_ip.clone(), host_port.clone()), expected, "{port} {host_ip} {host_port}");
         }
+    }
+
+    #[test]
+    fn an_answer_about_another_container_is_none() {
+        let (id, other) = ("a".repeat(64), "b".repeat(64));
+        let answer = |told: Value| serde_json::json!({ "Id": told, "State": { "Status": "running" }, "Config": {} });
+        let read = |asked: &str, told: Value| Inspected::read(asked, &answer(told)).map(|seen| seen.id);
+        assert_eq!(read(&id, id.clone().into()), Some(id.clone()));
+        assert_eq!(read(&id, Value::Null), Some(id.clone()));
+        assert_eq!(read(&id, other.clone().into()), None);
+        // What is asked for by its name or the beginning of its id is told by its whole id.
+        assert_eq!(read(&id[..12], id.clone().into()), Some(id.clone()));
+        assert_eq!(read("llm", other.clone().into()), Some(other));
+    }
+
+    #[test]
+    fn names_that_mislead_are_told_escaped_and_short() {
+        let seen = inspected(|json| {
+            json["Name"] = "/llm\u{1b}[31m\nready".into();
+            json["Config"]["Image"] = "x".repeat(10_000).into();
+        });
+        assert_eq!(seen.name, "llm\\u{1b}[31m\\nready");
+        assert_eq!(seen.image.chars().count(), 256);
     }
 
     fn context() -> Context {

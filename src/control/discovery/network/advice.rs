@@ -3,9 +3,13 @@
 use std::fmt;
 
 use super::{Attachment, DEFAULT_NETWORKS, INGRESS};
+use crate::base::foreign;
 
 /// How many networks a message names.
 const MAX_SHOWN_NAMES: usize = 8;
+
+/// How much of one of them.
+const NAME_CHARS_MAX: usize = 64;
 
 /// Names of networks as a message shows them: sorted, and not too many.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,7 +197,7 @@ impl Names {
 
     pub(super) fn of<'a>(attachments: impl IntoIterator<Item = &'a Attachment>) -> Names {
         let usable = attachments.into_iter().filter(|a| a.name != INGRESS);
-        let mut names: Vec<String> = usable.map(|a| a.name.clone()).collect();
+        let mut names: Vec<String> = usable.map(|a| foreign::name(&a.name, NAME_CHARS_MAX)).collect();
         names.sort();
         Names(names)
     }
