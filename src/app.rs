@@ -1,34 +1,20 @@
 //! Puts the parts together: discovery and registry on the calling runtime, requests on their workers.
 
-use std::{
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    runtime::Handle,
-    sync::{Semaphore, mpsc},
-    time::sleep,
-};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{runtime::Handle, sync::mpsc, task::JoinHandle, time::sleep};
+use tokio_util::task::TaskTracker;
 
 use crate::{
     base::{
         config::{Balance, Config},
+        phase::{Life, Phase},
         vital::{self, Ended, Ends},
     },
     control::{discovery::Discovery, registry::Registry, scrape},
     data::{
         listen::{self, Workers},
-        proxy::Proxy,
+        proxy::{Port, Proxy, Site},
     },
     observe::{
         pages::{Admin, live::Live},
@@ -46,8 +32,6 @@ use crate::{
 const ASKS_MAX: usize = 64;
 /// Connections at a time on the admin port.
 const ADMIN_CONNECTIONS_MAX: usize = 256;
-/// Time for a request's head on the admin port, and for idling between requests.
-const ADMIN_HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the last telemetry gets to reach its collector, once the last request is done.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -56,14 +40,12 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct App {
     data_addr: SocketAddr,
     admin_addr: Option<SocketAddr>,
-    workers: Option<Arc<Workers>>,
-    accepting: CancellationToken,
-    /// Until all requests are done: the admin port shows what is left of them.
-    admin_accepting: CancellationToken,
-    /// Cancelled when shutdown begins: whoever watches the status is told, and let go.
-    watched: CancellationToken,
-    stopping: Arc<AtomicBool>,
-    ready: Arc<AtomicBool>,
+    workers: Arc<Workers>,
+    /// The task that accepts connections for the workers; it ends when draining begins.
+    accepting: JoinHandle<()>,
+    /// The task that serves the admin port, if there is one; it ends when all is over.
+    admin: Option<JoinHandle<()>>,
+    life: Life,
     /// How long connections are still accepted once `/readyz` says 503, because a front proxy needs time to notice.
     settle: Duration,
     drain_timeout: Duration,
@@ -120,61 +102,53 @@ impl App {
         let count = std::thread::available_parallelism().map_or(1, usize::from);
         let (publisher, reader) = table::table();
         let (telemetry, otlp) = start_telemetry(&config, &reader)?;
-        let (ready, stopping) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let life = Life::default();
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let tasks = TaskTracker::new();
         let (vital, ends) = vital::watch();
 
         let source = discovery.name();
         let registry =
-            Registry::new(config.clone(), count, source, publisher, telemetry.clone(), ready.clone(), tasks.clone());
+            Registry::new(config.clone(), count, source, publisher, telemetry.clone(), life.clone(), tasks.clone());
         discovery.count_in(&telemetry.metrics);
         tasks.spawn(vital.clone().task("registry", registry.run(discovery, asked)));
 
-        let watched = CancellationToken::new();
-        let admin = Admin {
-            ready: ready.clone(),
-            stopping: stopping.clone(),
-            reporter: Reporter { table: reader.clone(), metrics: telemetry.metrics.clone() },
-            asks,
-            live: Live::new(watched.clone()),
-        };
-        let (accepting, admin_accepting) = (CancellationToken::new(), CancellationToken::new());
-        if let Some(listener) = admin_listener {
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            let serving = serve_admin(listener, admin.clone(), tasks.clone());
-            let serving = returned(admin_accepting.clone().run_until_cancelled_owned(serving));
-            tasks.spawn(vital.clone().task("admin", serving));
-        }
         if config.balance != Balance::RoundRobin {
             let scraping = scrape::run(reader.clone(), config.connect_timeout);
-            let scraping = returned(accepting.clone().run_until_cancelled_owned(scraping));
+            let life = life.clone();
+            let scraping = returned(async move { life.until(Phase::Draining, scraping).await });
             tasks.spawn(vital.clone().task("scrape", scraping));
         }
-        let proxy = Arc::new(Proxy::new(&config, reader, telemetry, admin));
-        let connections_max = listen::connections_max();
-        let workers = Arc::new(Workers::start(count, connections_max, &proxy, &vital)?);
-        let accept = {
-            let workers = workers.clone();
-            let closing = accepting.clone();
-            async move {
-                match workers.accept(listener, closing).await {
-                    Ok(()) => RETURNED.to_owned(),
-                    Err(error) => error.to_string(),
-                }
-            }
+        let pages = Admin {
+            life: life.clone(),
+            reporter: Reporter { table: reader.clone(), metrics: telemetry.metrics.clone() },
+            asks,
+            live: Live::new(life.clone()),
         };
-        tasks.spawn(vital.task("accept", accept));
+        let proxy = Arc::new(Proxy::new(&config, reader, telemetry, pages));
+        let admin = admin_listener.map(|listener| {
+            let (site, life) = (Site::new(proxy.clone(), Port::Admin), life.clone());
+            let serving = async move {
+                why_ended(listen::serve_here(listener, site, ADMIN_CONNECTIONS_MAX, &life, Phase::Over).await)
+            };
+            tasks.spawn(vital.clone().task("admin", serving))
+        });
+        let connections_max = listen::connections_max();
+        let site = Site::new(proxy, Port::Data);
+        let workers = Arc::new(Workers::start(count, connections_max, &site, &vital)?);
+        let accept = {
+            let (workers, life) = (workers.clone(), life.clone());
+            async move { why_ended(workers.accept(listener, &life, Phase::Draining).await) }
+        };
+        let accepting = tasks.spawn(vital.task("accept", accept));
         tracing::info!(address = %data_addr, admin = admin_addr.map(|addr| addr.to_string()), workers = count, connections_max, discovery = source, "listening");
         Ok(App {
             data_addr,
             admin_addr,
-            workers: Some(workers),
+            workers,
             accepting,
-            admin_accepting,
-            watched,
-            stopping,
-            ready,
+            admin,
+            life,
             settle: config.settle,
             drain_timeout: config.drain_timeout,
             otlp,
@@ -194,7 +168,7 @@ impl App {
 
     /// Whether the first scan and its probes are done.
     pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Acquire)
+        self.life.phase() == Phase::Ready
     }
 
     /// Waits until a task has ended without which the proxy cannot do its work; then the process must end, too. May be
@@ -211,30 +185,27 @@ impl App {
 
     /// Stops: `/readyz` says 503 at once; connections are accepted for the settle time; after that, requests under way
     /// finish within the drain timeout, and the admin port is open as long. Returns whether all of them did.
-    pub async fn shutdown(mut self) -> bool {
-        self.stopping.store(true, Ordering::Release);
-        self.ends.expect_all();
-        self.watched.cancel();
-        tracing::info!(settle = ?self.settle, drain_timeout = ?self.drain_timeout, "shutting down");
-        sleep(self.settle).await;
-        self.accepting.cancel();
-        let mut finished = true;
-        if let Some(mut workers) = self.workers.take() {
-            // The accepting task holds the other reference and is ending.
-            let workers = loop {
-                match Arc::try_unwrap(workers) {
-                    Ok(workers) => break workers,
-                    Err(shared) => workers = shared,
-                }
-                tokio::task::yield_now().await;
-            };
-            finished = workers.finish(self.drain_timeout).await;
+    pub async fn shutdown(self) -> bool {
+        let App { workers, accepting, admin, life, settle, drain_timeout, otlp, ends, .. } = self;
+        ends.expect_all();
+        life.advance(Phase::Settling);
+        tracing::info!(?settle, ?drain_timeout, "shutting down");
+        sleep(settle).await;
+        life.advance(Phase::Draining);
+        // It ends by itself, and then holds the workers no longer.
+        let _ = accepting.await;
+        let finished = match Arc::into_inner(workers) {
+            Some(workers) => workers.finish(drain_timeout).await,
+            None => false,
+        };
+        life.advance(Phase::Over);
+        if let Some(admin) = admin {
+            let _ = admin.await;
         }
-        self.admin_accepting.cancel();
         if !finished {
             tracing::warn!("requests were still under way at the end of the drain timeout and have been cut");
         }
-        if let Some(otlp) = self.otlp.take()
+        if let Some(otlp) = otlp
             && !otlp.finish(FLUSH_TIMEOUT).await
         {
             tracing::warn!(limit = ?FLUSH_TIMEOUT, "not all telemetry has reached its collector");
@@ -249,6 +220,11 @@ const RETURNED: &str = "it returned";
 async fn returned<T>(task: impl Future<Output = T>) -> String {
     task.await;
     RETURNED.to_owned()
+}
+
+/// Why a task has ended that accepts connections.
+fn why_ended(accepted: io::Result<()>) -> String {
+    accepted.map_or_else(|error| error.to_string(), |()| RETURNED.to_owned())
 }
 
 /// What the proxy tells of itself with, and what sends that, if anything does.
@@ -271,30 +247,4 @@ fn start_telemetry(config: &Config, table: &TableReader) -> Result<(Telemetry, O
         }
     }
     Ok((telemetry, Some(otlp)))
-}
-
-async fn serve_admin(listener: tokio::net::TcpListener, admin: Admin, tasks: TaskTracker) {
-    let room = Arc::new(Semaphore::new(ADMIN_CONNECTIONS_MAX));
-    // It is never closed.
-    while let Ok(place) = room.clone().acquire_owned().await {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::debug!(%error, "accept failed on the admin port");
-                sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        let admin = admin.clone();
-        let service = service_fn(move |request| {
-            let admin = admin.clone();
-            async move { Ok::<_, Infallible>(admin.handle(&request).await) }
-        });
-        tasks.spawn(async move {
-            let mut server = hyper::server::conn::http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(ADMIN_HEAD_TIMEOUT);
-            let _ = server.serve_connection(TokioIo::new(stream), service).await;
-            drop(place);
-        });
-    }
 }

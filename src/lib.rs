@@ -57,6 +57,8 @@
 //! * Nothing is sent to a second backend once a byte of an answer has come.
 //! * Losing sight of the engine changes no route: what is known stays until something is known to be otherwise.
 //! * A task without which the table or a port would stand still ends the process when it ends ([`base::vital`]).
+//! * The process has one phase, which only moves on ([`base::phase`]); every part that starts, stops or drains reads it.
+//! * All ports are answered by one HTTP engine, so an answer does not depend on the port.
 //! * Every queue, buffer and wait has a bound, and the request path takes no contended lock.
 //! * Nobody waits for the reader of the log: lines that are not taken are dropped and counted.
 //! * Keys, prompts and container environments are in no log, metric, status or error.

@@ -292,7 +292,8 @@ async fn r04_the_proxys_own_paths_are_for_reading() {
             assert_openai_error(&answer, 405, "method_not_allowed");
             assert_eq!(answer.header("allow"), Some("GET, HEAD"), "{method} {path}");
             let answer = Client::connect(elsewhere.admin_addr().unwrap()).await.ask(&Request::new(method, path)).await;
-            assert_eq!((answer.status, answer.header("allow")), (405, Some("GET, HEAD")), "{method} {path}");
+            assert_openai_error(&answer, 405, "method_not_allowed");
+            assert_eq!(answer.header("allow"), Some("GET, HEAD"), "{method} {path}");
         }
         assert_eq!(app.ask(&Request::new("HEAD", path)).await.status, 200, "{path}");
     }
@@ -305,6 +306,34 @@ async fn r04_the_proxys_own_paths_are_for_reading() {
     let gate = Gate::shut();
     let starting = TestApp::start_with_late_scan(&gate, []).await;
     assert_eq!(starting.ask(&Request::new("OPTIONS", "/readyz")).await.status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r04_both_ports_answer_alike() {
+    let app = TestApp::start().await;
+    let elsewhere = TestApp::start_with(&[("PROXY_ADMIN_PORT", "0")]).await;
+    let admin = elsewhere.admin_addr().unwrap();
+    for path in ["/", "/status", "/metrics", "/healthz", "/health/", "/readyz", "/nonsense", "/status/x"] {
+        for method in ["GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "PATCH"] {
+            let request = Request::new(method, path).header("x-request-id", "mine");
+            let (here, there) = (app.ask(&request).await, Client::connect(admin).await.ask(&request).await);
+            assert_eq!(here.status, there.status, "{method} {path}");
+            for name in ["content-type", "allow", "x-request-id", "vary", "cache-control"] {
+                assert_eq!(here.header(name), there.header(name), "{method} {path}: {name}");
+            }
+            assert_eq!(there.header("x-request-id"), Some("mine"), "{method} {path}");
+        }
+    }
+    // The API is on the other port.
+    for path in ["/v1/models", "/v1/chat/completions"] {
+        let answer = Client::connect(admin).await.ask(&Request::get(path)).await;
+        assert_openai_error(&answer, 404, "not_found");
+    }
+    // A connection is kept, and bytes that are no request are answered as they are on the data port.
+    let mut client = Client::connect(admin).await;
+    for _ in 0..3 {
+        assert_eq!(client.ask(&Request::get("/healthz")).await.status, 200);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

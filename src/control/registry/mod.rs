@@ -7,10 +7,7 @@ mod verdict;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -27,6 +24,7 @@ use crate::{
     base::{
         config::{Config, SameModel},
         foreign::few,
+        phase::{self, Life},
     },
     control::{
         discovery::{Change, Discovery, DiscoveryError, Endpoint, EndpointId, Incarnation, Note, Phase},
@@ -86,7 +84,7 @@ pub struct Registry {
     publisher: TablePublisher,
     metrics: Arc<Metrics>,
     tracing: Option<Tracing>,
-    ready: Arc<AtomicBool>,
+    life: Life,
     tasks: TaskTracker,
     answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
     /// Containers that discovery is to look at, while it runs.
@@ -193,7 +191,7 @@ struct Sight {
 }
 
 impl Registry {
-    /// A registry that publishes to `publisher`, for `workers` threads that send requests. `ready` turns true once the
+    /// A registry that publishes to `publisher`, for `workers` threads that send requests. `life` advances to ready once the
     /// first scan and its probes are done. Tasks it starts are tracked by `tasks`.
     pub fn new(
         config: Arc<Config>,
@@ -201,7 +199,7 @@ impl Registry {
         source: &'static str,
         publisher: TablePublisher,
         Telemetry { metrics, tracing }: Telemetry,
-        ready: Arc<AtomicBool>,
+        life: Life,
         tasks: TaskTracker,
     ) -> Registry {
         Registry {
@@ -211,7 +209,7 @@ impl Registry {
             publisher,
             metrics,
             tracing,
-            ready,
+            life,
             tasks,
             answers: mpsc::channel(ANSWERS_MAX),
             looks: None,
@@ -817,7 +815,7 @@ impl Registry {
             waiting.retain(|id| self.entries.get(id).is_some_and(|entry| entry.probe.is_some()));
             if waiting.is_empty() || *until <= Instant::now() {
                 self.first_round = FirstRound::Done;
-                self.ready.store(true, Ordering::Release);
+                self.life.advance(phase::Phase::Ready);
                 let live = self.models.values().filter(|known| known.gone_at.is_none()).count();
                 tracing::info!(models = live, "ready");
             }
@@ -865,7 +863,7 @@ impl Registry {
             proxy_version: env!("CARGO_PKG_VERSION").to_owned(),
             at: rfc3339(at),
             started: rfc3339(self.started),
-            ready: self.ready.load(Ordering::Acquire),
+            ready: self.life.phase() >= phase::Phase::Ready,
             stopping: false,
             discovery: DiscoveryStatus {
                 source: self.source.to_owned(),

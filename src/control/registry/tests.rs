@@ -1,7 +1,7 @@
 //! First the registry by hand, one step at a time, its probes answered by the test and its clock stopped; then as it
 //! runs, asking servers over TCP that behave as badly as servers can.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::atomic::AtomicBool};
 
 use serde_json::value::RawValue;
 use tokio::{
@@ -30,17 +30,17 @@ use crate::{
 struct Bench {
     registry: Registry,
     reader: TableReader,
-    ready: Arc<AtomicBool>,
+    life: Life,
 }
 
 fn bench(configure: impl FnOnce(&mut Config)) -> Bench {
     let mut config = Config::from_vars([("", "")]).unwrap().0;
     configure(&mut config);
     let (publisher, reader) = table();
-    let ready = Arc::new(AtomicBool::new(false));
+    let life = Life::default();
     let tasks = TaskTracker::new();
-    let registry = Registry::new(Arc::new(config), 1, "test", publisher, Telemetry::default(), ready.clone(), tasks);
-    Bench { registry, reader, ready }
+    let registry = Registry::new(Arc::new(config), 1, "test", publisher, Telemetry::default(), life.clone(), tasks);
+    Bench { registry, reader, life }
 }
 
 /// A container at an address where nobody is; what its own probe finds out is never read.
@@ -145,7 +145,7 @@ impl Bench {
     }
 
     fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Acquire)
+        self.life.phase() == phase::Phase::Ready
     }
 }
 

@@ -31,8 +31,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::places::{Place, Places};
 use crate::{
-    base::vital::Vital,
-    data::proxy::{Proxy, client::Closing},
+    base::{
+        phase::{Life, Phase},
+        vital::Vital,
+    },
+    data::proxy::{Site, client::Closing},
     pool::upstream,
     telemetry::metrics::Metrics,
 };
@@ -54,6 +57,8 @@ const FIRST_BYTES_GRACE: Duration = Duration::from_secs(1);
 const UNSENT_BYTES_MAX: u32 = 32 * 1024;
 /// A client whose machine is gone says nothing. Asked so often, it is noticed while its answer is still being computed.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How long requests for pages that are under way when their port closes may take.
+const LAST_PAGES_TIME: Duration = Duration::from_secs(1);
 /// The first bytes of every HTTP/2 connection (RFC 9113, 3.4).
 const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -123,19 +128,19 @@ struct Arrived {
 // === impl Workers ===
 
 impl Workers {
-    /// Starts `count` workers that serve with `proxy`, at most `connections_max` connections at a time. `vital` learns when
+    /// Starts `count` workers that serve `site`, at most `connections_max` connections at a time. `vital` learns when
     /// one ends.
     ///
     /// # Errors
     /// A thread or its runtime cannot be had.
-    pub fn start(count: usize, connections_max: usize, proxy: &Arc<Proxy>, vital: &Vital) -> io::Result<Workers> {
+    pub fn start(count: usize, connections_max: usize, site: &Site, vital: &Vital) -> io::Result<Workers> {
         let (finish, abort) = (Stopper::default(), CancellationToken::new());
         let places = Places::new(connections_max.saturating_mul(places::CONNECTION));
         let start = |index: usize| {
             let (connections, incoming) = mpsc::channel(HANDOVER_MAX);
             let open = Arc::new(AtomicUsize::new(0));
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let work = work(incoming, proxy.clone(), open.clone(), places.clone(), finish.clone());
+            let work = work(incoming, site.clone(), open.clone(), places.clone(), finish.clone());
             let (abort, vital) = (abort.clone(), vital.clone());
             let serve = move || {
                 upstream::set_worker(index);
@@ -153,70 +158,18 @@ impl Workers {
         Ok(Workers { workers, finish, abort, places })
     }
 
-    /// Accepts connections and hands them out until `closing`, and then those that the kernel has accepted already: their
+    /// Accepts connections and hands them out until `life` has come as far as `closing`, and then those that the kernel has accepted already: their
     /// clients may have sent requests. Closes the listener.
     ///
     /// # Errors
     /// The listener cannot be waited for.
-    pub async fn accept(&self, listener: TcpListener, closing: CancellationToken) -> io::Result<()> {
+    pub async fn accept(&self, listener: TcpListener, life: &Life, closing: Phase) -> io::Result<()> {
         let local = loopback::beside(&listener, BACKLOG).into_iter().map(|listener| (listener, true));
         let is_local = listener.local_addr()?.ip().to_canonical().is_loopback();
-        let lines = local.chain([(listener, is_local)]);
-        let accepting = lines.map(|(listener, is_local)| self.accept_from(listener, is_local, &closing));
+        let doors = local.chain([(listener, is_local)]);
+        let until = (life, closing);
+        let accepting = doors.map(|(listener, is_local)| accept_from(listener, is_local, &self.places, until, self));
         futures::future::try_join_all(accepting).await.map(|_| ())
-    }
-
-    async fn accept_from(&self, listener: TcpListener, is_local: bool, closing: &CancellationToken) -> io::Result<()> {
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        loop {
-            let next = async {
-                // Others wait in the kernel meanwhile.
-                self.places.room(is_local).await;
-                listener.accept().await
-            };
-            let Some(accepted) = closing.run_until_cancelled(next).await else { break };
-            match accepted {
-                // Back to a plain socket: its worker registers it with its own runtime.
-                Ok((stream, peer)) => match stream.into_std() {
-                    Ok(stream) => self.hand_over(stream, peer, is_local).await,
-                    Err(error) => tracing::debug!(%error, "connection lost before it was served"),
-                },
-                Err(error) if is_exhaustion(&error) => {
-                    let now = Instant::now();
-                    let given_up = self.places.give_up_idle(now);
-                    self.places.send_guest_away(now, false);
-                    tracing::error!(%error, given_up, "cannot accept connections; raise the limit of open files (ulimit -n)");
-                    sleep(EXHAUSTED_PAUSE).await;
-                }
-                // The client gave up before it was accepted.
-                Err(error) => tracing::debug!(%error, "accept failed"),
-            }
-        }
-        let listener = listener.into_std()?;
-        for _ in 0..BACKLOG {
-            if !self.places.has_room(is_local) {
-                break;
-            }
-            match listener.accept() {
-                Ok((stream, peer)) if stream.set_nonblocking(true).is_ok() => {
-                    self.hand_over(stream, peer, is_local).await
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_exhaustion(&error) => break,
-                Ok(_) | Err(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    async fn hand_over(&self, stream: TcpStream, peer: SocketAddr, is_local: bool) {
-        let Some(worker) = self.workers.iter().min_by_key(|worker| worker.open.load(Relaxed)) else {
-            return;
-        };
-        worker.open.fetch_add(1, Relaxed);
-        let arrived = Arrived { stream, peer, place: self.places.admit(is_local) };
-        if worker.connections.send(arrived).await.is_err() {
-            worker.open.fetch_sub(1, Relaxed);
-        }
     }
 
     /// Lets requests under way finish, for at most `patience`; then ends what is left. Returns whether all finished.
@@ -238,18 +191,122 @@ impl Workers {
     }
 }
 
+/// Serves `site` on the calling runtime, at most `connections_max` connections at a time, until `life` has come as far as
+/// `closing`. It is for pages that must be shown whatever the workers have to do.
+///
+/// # Errors
+/// The listener cannot be waited for.
+pub async fn serve_here(
+    listener: TcpListener,
+    site: Site,
+    connections_max: usize,
+    life: &Life,
+    closing: Phase,
+) -> io::Result<()> {
+    let places = Places::new(connections_max.saturating_mul(places::CONNECTION));
+    let here = Here { site, places: places.clone(), stopper: Stopper::default(), connections: TaskTracker::new() };
+    let accepted = accept_from(listener, false, &places, (life, closing), &here).await;
+    here.stopper.stop();
+    here.connections.close();
+    let _ = timeout(LAST_PAGES_TIME, here.connections.wait()).await;
+    accepted
+}
+
+/// What takes over connections that have been accepted.
+trait TakesOver {
+    fn take_over(&self, arrived: Arrived) -> impl Future<Output = ()> + Send;
+}
+
+/// Serves connections on the runtime that accepts them.
+struct Here {
+    site: Site,
+    places: Arc<Places>,
+    stopper: Stopper,
+    connections: TaskTracker,
+}
+
+impl TakesOver for Here {
+    async fn take_over(&self, Arrived { stream, peer, mut place }: Arrived) {
+        let (site, stopper, places) = (self.site.clone(), self.stopper.clone(), self.places.clone());
+        self.connections.spawn(async move {
+            serve(stream, peer.ip().to_canonical(), site, stopper, (&places, &mut place)).await;
+        });
+    }
+}
+
+impl TakesOver for Workers {
+    async fn take_over(&self, arrived: Arrived) {
+        let Some(worker) = self.workers.iter().min_by_key(|worker| worker.open.load(Relaxed)) else {
+            return;
+        };
+        worker.open.fetch_add(1, Relaxed);
+        if worker.connections.send(arrived).await.is_err() {
+            worker.open.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+/// Accepts connections until `life` has come as far as `closing`, and then those that the kernel has accepted already. All
+/// ports are accepted on here, so that all have one policy for the errors of accepting.
+async fn accept_from(
+    listener: TcpListener,
+    is_local: bool,
+    places: &Arc<Places>,
+    (life, closing): (&Life, Phase),
+    server: &impl TakesOver,
+) -> io::Result<()> {
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    loop {
+        let next = async {
+            // Others wait in the kernel meanwhile.
+            places.room(is_local).await;
+            listener.accept().await
+        };
+        let Some(accepted) = life.until(closing, next).await else { break };
+        match accepted {
+            // Back to a plain socket: the worker that serves it registers it with its own runtime.
+            Ok((stream, peer)) => match stream.into_std() {
+                Ok(stream) => server.take_over(Arrived { stream, peer, place: places.admit(is_local) }).await,
+                Err(error) => tracing::debug!(%error, "connection lost before it was served"),
+            },
+            Err(error) if is_exhaustion(&error) => {
+                let now = Instant::now();
+                let given_up = places.give_up_idle(now);
+                places.send_guest_away(now, false);
+                tracing::error!(%error, given_up, "cannot accept connections; raise the limit of open files (ulimit -n)");
+                sleep(EXHAUSTED_PAUSE).await;
+            }
+            // The client gave up before it was accepted.
+            Err(error) => tracing::debug!(%error, "accept failed"),
+        }
+    }
+    let listener = listener.into_std()?;
+    for _ in 0..BACKLOG {
+        if !places.has_room(is_local) {
+            break;
+        }
+        match listener.accept() {
+            Ok((stream, peer)) if stream.set_nonblocking(true).is_ok() => {
+                server.take_over(Arrived { stream, peer, place: places.admit(is_local) }).await;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_exhaustion(&error) => break,
+            Ok(_) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// The proxy, or the machine, has no descriptor or memory for another connection.
 fn is_exhaustion(error: &io::Error) -> bool {
-    const ENOMEM: i32 = 12;
-    const ENFILE: i32 = 23;
-    const EMFILE: i32 = 24;
-    const ENOBUFS: i32 = 105;
-    matches!(error.raw_os_error(), Some(ENOMEM | ENFILE | EMFILE | ENOBUFS))
+    use rustix::io::Errno;
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::NOMEM | Errno::NFILE | Errno::MFILE | Errno::NOBUFS))
 }
 
 /// The life of a worker.
 async fn work(
     mut incoming: mpsc::Receiver<Arrived>,
-    proxy: Arc<Proxy>,
+    site: Site,
     open: Arc<AtomicUsize>,
     places: Arc<Places>,
     stopper: Stopper,
@@ -257,11 +314,11 @@ async fn work(
     let connections = TaskTracker::new();
     // Ends once nobody can hand over any more and everything that was handed over is served.
     while let Some(Arrived { stream, peer, mut place }) = incoming.recv().await {
-        let closed = CloseGuard { open: open.clone(), metrics: proxy.metrics().clone() };
+        let closed = CloseGuard { open: open.clone(), metrics: site.metrics().clone() };
         closed.metrics.clients_accepted.increment();
-        let (proxy, stopper, places) = (proxy.clone(), stopper.clone(), places.clone());
+        let (site, stopper, places) = (site.clone(), stopper.clone(), places.clone());
         connections.spawn(async move {
-            serve(stream, peer.ip().to_canonical(), proxy, stopper, (&places, &mut place)).await;
+            serve(stream, peer.ip().to_canonical(), site, stopper, (&places, &mut place)).await;
             drop((closed, place));
         });
     }
@@ -273,7 +330,7 @@ async fn work(
 async fn serve(
     stream: TcpStream,
     client_ip: IpAddr,
-    proxy: Arc<Proxy>,
+    site: Site,
     stopper: Stopper,
     (places, place): (&Arc<Places>, &mut Place),
 ) {
@@ -283,7 +340,8 @@ async fn serve(
     };
     let (mut stream, first) = match place.is_reserved() {
         false => (stream, None),
-        true => match reserve::serve(stream, client_ip, &proxy, &stopper, (places, place)).await {
+        // Seldom, and large: not part of every connection's state.
+        true => match Box::pin(reserve::serve(stream, client_ip, &site, &stopper, (places, place))).await {
             Some((stream, first)) => (stream, Some(first)),
             None => return,
         },
@@ -297,7 +355,7 @@ async fn serve(
     let read = async {
         match first {
             Some(first) => Some(first),
-            None => timeout(proxy.patience().idle, first_bytes(&mut stream, |_| true)).await.ok().flatten(),
+            None => timeout(site.patience().idle, first_bytes(&mut stream, |_| true)).await.ok().flatten(),
         }
     };
     let first = tokio::select! {
@@ -308,9 +366,9 @@ async fn serve(
     };
     let Some(first) = first else { return };
     if first.starts_with(HTTP2_PREFACE) {
-        h2::serve(stream, first, proxy, client_ip, stopper, (&seated.seat, places)).await;
+        h2::serve(stream, first, site, client_ip, stopper, (&seated.seat, places)).await;
     } else {
-        proxy.serve(stream, first, client_ip, stopper.closing().with_seat(seated.seat.clone())).await;
+        site.serve(stream, first, client_ip, stopper.closing().with_seat(seated.seat.clone())).await;
     }
 }
 
@@ -442,7 +500,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        base::config::Config,
+        base::{
+            config::Config,
+            phase::{Life, Phase},
+        },
+        data::proxy::{Port, Proxy},
         observe::{
             pages::{Admin, live::Live},
             report::Reporter,
@@ -451,33 +513,31 @@ mod tests {
         telemetry::Telemetry,
     };
 
-    /// A proxy without backends.
-    fn proxy() -> Arc<Proxy> {
+    /// A proxy without backends, which has been told to stop.
+    fn site() -> Site {
         let (config, _) = Config::from_vars::<&str, &str>([]).unwrap();
         let (_, table) = table::table();
-        let telemetry = Telemetry::default();
+        let (telemetry, life) = (Telemetry::default(), Life::default());
+        life.advance(Phase::Settling);
         let admin = Admin {
-            ready: Arc::default(),
-            stopping: Arc::new(AtomicBool::new(true)),
+            life: life.clone(),
             reporter: Reporter { table: table.clone(), metrics: telemetry.metrics.clone() },
             asks: mpsc::channel(1).0,
-            live: Live::new(CancellationToken::new()),
+            live: Live::new(life),
         };
-        Arc::new(Proxy::new(&config, table, telemetry, admin))
+        Site::new(Arc::new(Proxy::new(&config, table, telemetry, admin)), Port::Data)
     }
 
     #[tokio::test]
     async fn connections_that_the_kernel_has_accepted_are_served_before_the_port_closes() {
         let listener = bind(Some(Ipv4Addr::LOCALHOST.into()), 0).unwrap();
         let addr = listener.local_addr().unwrap();
-        let workers = Workers::start(1, 16, &proxy(), &crate::base::vital::watch().0).unwrap();
+        let workers = Workers::start(1, 16, &site(), &crate::base::vital::watch().0).unwrap();
         let mut clients: Vec<TcpStream> = (0..8).map(|_| TcpStream::connect(addr).unwrap()).collect();
         for client in &mut clients {
             client.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n").unwrap();
         }
-        let closing = CancellationToken::new();
-        closing.cancel();
-        workers.accept(listener, closing).await.unwrap();
+        workers.accept(listener, &Life::default(), Phase::Starting).await.unwrap();
         assert!(TcpStream::connect(addr).is_err(), "the port is open");
         assert!(workers.finish(Duration::from_secs(10)).await);
         for mut client in clients {
@@ -485,5 +545,17 @@ mod tests {
             client.read_to_string(&mut answer).unwrap();
             assert!(answer.starts_with("HTTP/1.1 200 "), "{answer:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_a_connection_holds_is_small() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let places = Places::new(100);
+        let mut place = places.admit(false);
+        let serving = serve(stream, Ipv4Addr::LOCALHOST.into(), site(), Stopper::default(), (&places, &mut place));
+        // Ten thousand open streams have one each.
+        let bytes = size_of_val(&serving);
+        assert!(bytes <= 5 * 1024, "{bytes}");
     }
 }

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     base::error::ProxyError,
-    data::proxy::Proxy,
+    data::proxy::Site,
     observe::pages::Page,
     wire::http1::head::{HeadEnd, RequestHead},
 };
@@ -77,7 +77,7 @@ pub(super) struct Guest {
 pub(super) async fn serve(
     mut stream: TcpStream,
     client_ip: IpAddr,
-    proxy: &Proxy,
+    site: &Site,
     stopper: &Stopper,
     (places, place): (&Arc<Places>, &mut Place),
 ) -> Option<(TcpStream, Vec<u8>)> {
@@ -106,11 +106,11 @@ pub(super) async fn serve(
             return None;
         }
         hosted.moves_on(Stage::Answered);
-        let refused = proxy.refuse(stream, first, client_ip, stopper.closing(), &ProxyError::Full);
+        let refused = site.refuse(stream, first, client_ip, stopper.closing(), &ProxyError::Full);
         until_told(guest, refused).await;
     } else {
         hosted.moves_on(Stage::Answered);
-        until_told(guest, proxy.serve(stream, first, client_ip, stopper.closing().after_one())).await;
+        until_told(guest, site.serve(stream, first, client_ip, stopper.closing().after_one())).await;
     }
     None
 }

@@ -1,7 +1,7 @@
 //! The account of one request: what it asked for, how far it has come, and how it ended; told once to metrics, spans and
 //! the log.
 //!
-//! How far it has come is a `Phase`, whose variants hold what belongs to them alone. The methods of [`Account`] are the
+//! How far it has come is its `Phase`, whose variants hold what belongs to them alone. The methods of [`Account`] are the
 //! steps from one phase to the next, in the order in which a request takes them.
 
 use std::{net::IpAddr, sync::Arc, time::Duration};

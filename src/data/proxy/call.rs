@@ -1,6 +1,6 @@
 //! What one request carries from its head to the end of its answer.
 
-use std::{net::IpAddr, sync::atomic::Ordering};
+use std::net::IpAddr;
 
 use super::{
     account::{Account, RequestId},
@@ -115,7 +115,7 @@ impl<'r> Asked<'r> {
             cross_origin: proxy.cors.says(&head.lines),
             // A client that keeps its connection while the proxy shuts down would lose the request that it sends just when
             // the connection is closed.
-            keeps_alive: head.wants_keep_alive() && !is_last && !proxy.admin.stopping.load(Ordering::Relaxed),
+            keeps_alive: head.wants_keep_alive() && !is_last && !proxy.admin.life.is_stopping(),
         }
     }
 

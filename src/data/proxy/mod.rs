@@ -1,6 +1,6 @@
 //! The life of a request: [`Proxy::serve`] reads it from its client's connection and sees it to its end.
 //!
-//! A request that goes to a backend is a `call::Call`, which carries all that belongs to it, and its life is a line of
+//! A request that goes to a backend is a `Call` (call.rs), which carries all that belongs to it, and its life is a line of
 //! steps, one file each:
 //!
 //! ```text
@@ -22,6 +22,7 @@
 //! This module decides nothing about backends: which of them exist and take requests is in the snapshot that it reads.
 
 mod state;
+mod site;
 mod call;
 mod own;
 mod forward;
@@ -47,13 +48,16 @@ use std::net::IpAddr;
 
 use http::Method;
 
-pub use self::state::Proxy;
 use self::{
     account::RequestId,
     call::{After, Asked, Call},
     client::{Client, Closing, Next, Transport},
     cors::is_preflight,
     paths::Target,
+};
+pub use self::{
+    site::Site,
+    state::{Port, Proxy},
 };
 use crate::{
     base::error::ProxyError,
@@ -66,13 +70,14 @@ use crate::{
 
 impl Proxy {
     /// Serves a connection of a client at `client_ip`, of which `first` has been read already, to its end.
-    pub async fn serve<S: Transport>(&self, io: S, first: Vec<u8>, client_ip: IpAddr, closing: Closing) {
+    pub async fn serve<S: Transport>(&self, port: Port, io: S, first: Vec<u8>, client_ip: IpAddr, closing: Closing) {
         let mut client = Client::new(io, first, self.patience, closing);
         let mut head = RequestHead::default();
         loop {
-            let error = match client.next(&mut head).await {
+            let next = client.next(&mut head).await;
+            let error = match next {
                 Next::Request => {
-                    match self.serve_request(&mut client, &head, client_ip).await {
+                    match self.serve_request(port, &mut client, &head, client_ip).await {
                         After::KeepAlive => head.forget_large(),
                         After::Close => return client.close().await,
                         After::Abort { by_reset } => return client.abort(by_reset),
@@ -113,6 +118,7 @@ impl Proxy {
     /// Serves one request by what its path means.
     async fn serve_request<S: Transport>(
         &self,
+        port: Port,
         client: &mut Client<S>,
         head: &RequestHead,
         client_ip: IpAddr,
@@ -130,10 +136,14 @@ impl Proxy {
         let is_options = head.method == Method::OPTIONS;
         let names_no_model = || paths::model_in_query(head.query()) == Ok(None);
         let preflight = || self.cors.preflight(head, asked.cross_origin);
-        let response = match paths::classify(&head.method, head.path()) {
+        let target = match port {
+            Port::Data => paths::classify(&head.method, head.path()),
+            Port::Admin => paths::classify_page(head.path()),
+        };
+        let response = match target {
             // Wherever it leads: the browser asks what it may send, not what will become of that.
             _ if is_options && is_preflight(head) => preflight(),
-            Target::Own(page) if self.shows(page) && page.answers(&head.method) => {
+            Target::Own(page) if self.shows(page, port) && page.answers(&head.method) => {
                 return own::show_page(self, client, &asked, page).await;
             }
             Target::Control => no_path("engines' control endpoints are not reachable through this proxy"),
@@ -141,13 +151,16 @@ impl Proxy {
             // A server that does not read the body would take it for the next request.
             Target::Forward { .. } if is_options && head.framing != Framing::Empty => preflight(),
             Target::Forward { below_v1 } => return Call::new(self, client, asked, below_v1.is_some()).forward().await,
-            Target::Own(page) if self.shows(page) => {
+            Target::Own(page) if self.shows(page, port) => {
                 self.reject(&ProxyError::MethodNotAllowed { allow: pages::ALLOW }, asked.dialect)
             }
             Target::ModelList => own::list_models(self, &asked),
             Target::ModelObject(id) => own::show_model(self, &id, asked.dialect),
             Target::Stateful => {
                 no_path("this API keeps state that no single backend could answer for; it is not served")
+            }
+            Target::Unknown if port == Port::Admin => {
+                no_path("no such page here; here are /, /status, /metrics, /healthz and /readyz")
             }
             Target::Own(_) | Target::Unknown => {
                 no_path("no such path here; the API is under /v1, GET /v1/models lists its models")

@@ -42,6 +42,15 @@ pub struct Proxy {
     admin_elsewhere: bool,
 }
 
+/// Which paths a port has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// The API, and the proxy's own pages unless they are on the admin port (`PROXY_PORT`).
+    Data,
+    /// The proxy's own pages alone (`PROXY_ADMIN_PORT`).
+    Admin,
+}
+
 impl Proxy {
     /// A proxy that routes by `table`.
     pub fn new(config: &Config, table: TableReader, telemetry: Telemetry, admin: Admin) -> Proxy {
@@ -66,19 +75,9 @@ impl Proxy {
         }
     }
 
-    /// How long connections wait for their clients.
-    pub fn patience(&self) -> Patience {
-        self.patience
-    }
-
-    /// Where connections are counted.
-    pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.metrics
-    }
-
     /// Whether this page of the proxy's own is on this port.
-    pub(super) fn shows(&self, page: Page) -> bool {
-        page.is_for_everybody() || !self.admin_elsewhere
+    pub(super) fn shows(&self, page: Page, port: Port) -> bool {
+        port == Port::Admin || page.is_for_everybody() || !self.admin_elsewhere
     }
 
     /// The shorter of the limits that run until the head of an answer, with its variable.

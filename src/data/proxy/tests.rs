@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    base::config::Config,
+    base::{config::Config, phase::Life},
     observe::{
         pages::{Admin, live::Live},
         report::Reporter,
@@ -26,11 +26,10 @@ fn proxy() -> Arc<Proxy> {
     let (_, table) = table::table();
     let telemetry = Telemetry::default();
     let admin = Admin {
-        ready: Arc::default(),
-        stopping: Arc::default(),
+        life: Life::default(),
         reporter: Reporter { table: table.clone(), metrics: telemetry.metrics.clone() },
         asks: mpsc::channel(1).0,
-        live: Live::new(CancellationToken::new()),
+        live: Live::new(Life::default()),
     };
     Arc::new(Proxy::new(&config, table, telemetry, admin))
 }
@@ -42,7 +41,7 @@ async fn begun(proxy: &Arc<Proxy>, begin: &str) -> DuplexStream {
     #[allow(clippy::disallowed_methods)]
     tokio::spawn(async move {
         let closing = Closing::new(Arc::default(), CancellationToken::new().cancelled_owned());
-        proxy.serve(there, Vec::new(), std::net::Ipv4Addr::LOCALHOST.into(), closing).await;
+        proxy.serve(Port::Data, there, Vec::new(), std::net::Ipv4Addr::LOCALHOST.into(), closing).await;
     });
     let head =
         "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n";

@@ -15,10 +15,12 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep},
 };
-use tokio_util::sync::CancellationToken;
 
 use super::Admin;
-use crate::observe::status::Status;
+use crate::{
+    base::phase::{Life, Phase},
+    observe::status::Status,
+};
 
 /// Watchers at a time: a few people with a few tabs each.
 pub const WATCHERS_MAX: usize = 16;
@@ -42,8 +44,7 @@ pub const CONTENT_TYPE: &str = "text/event-stream";
 pub struct Live {
     places: Arc<Semaphore>,
     latest: Arc<Mutex<Option<Latest>>>,
-    /// The proxy is shutting down.
-    ending: CancellationToken,
+    life: Life,
 }
 
 #[derive(Debug, Clone)]
@@ -86,14 +87,14 @@ pub fn head() -> Response<()> {
 // === impl Live ===
 
 impl Live {
-    /// Nobody watches. All are told a last time, and let go, when `ending` is cancelled.
-    pub fn new(ending: CancellationToken) -> Live {
-        Live { places: Arc::new(Semaphore::new(WATCHERS_MAX)), latest: Arc::default(), ending }
+    /// Nobody watches. All are told a last time, and let go, when the process is told to stop.
+    pub fn new(life: Life) -> Live {
+        Live { places: Arc::new(Semaphore::new(WATCHERS_MAX)), latest: Arc::default(), life }
     }
 
     /// One watcher more, unless there are too many or the proxy is shutting down.
     pub(super) fn watcher(&self, admin: &Admin) -> Option<Watcher> {
-        if self.ending.is_cancelled() {
+        if self.life.is_stopping() {
             return None;
         }
         let place = self.places.clone().try_acquire_owned().ok()?;
@@ -140,11 +141,11 @@ impl Watcher {
             if self.told.is_some() {
                 tokio::select! {
                     () = sleep(EVERY) => {}
-                    () = self.admin.live.ending.cancelled() => {}
+                    () = self.admin.live.life.reached(Phase::Settling) => {}
                 }
             }
             // The last thing said is that this is the end.
-            self.ended = self.admin.live.ending.is_cancelled();
+            self.ended = self.admin.live.life.is_stopping();
             let now = Instant::now();
             if let Some(snapshot) = self.snapshot(now).await
                 && self.told.as_ref().is_none_or(|told| told.status != snapshot.status)

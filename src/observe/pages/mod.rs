@@ -3,23 +3,10 @@
 pub mod live;
 mod page;
 
-use std::{
-    convert::Infallible,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{
-    StreamExt as _,
-    stream::{self, BoxStream},
-};
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::Frame;
-use http_body_util::{Either, Full, StreamBody};
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -27,6 +14,7 @@ use tokio::{
 
 use self::live::{Live, Watcher};
 use crate::{
+    base::phase::{Life, Phase},
     observe::{
         report::Reporter,
         status::{self, Ask, Status, text::Look},
@@ -40,10 +28,8 @@ const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 /// What the pages are made from.
 #[derive(Debug, Clone)]
 pub struct Admin {
-    /// The first scan and its probes are done.
-    pub ready: Arc<AtomicBool>,
-    /// The proxy is shutting down.
-    pub stopping: Arc<AtomicBool>,
+    /// How far the process has come.
+    pub life: Life,
     /// The instruments.
     pub reporter: Reporter,
     /// The way to the registry.
@@ -51,9 +37,6 @@ pub struct Admin {
     /// Who watches the status.
     pub live: Live,
 }
-
-/// An answer's body on the admin port: whole, or as it comes.
-pub type AdminBody = Either<Full<Bytes>, StreamBody<BoxStream<'static, Result<Frame<Bytes>, Infallible>>>>;
 
 /// The methods that the pages take: the value of `Allow`.
 pub const ALLOW: &str = "GET, HEAD";
@@ -131,41 +114,17 @@ impl Admin {
         }))
     }
 
-    /// Serves a request on the admin port.
-    pub async fn handle<B>(&self, request: &Request<B>) -> Response<AdminBody> {
-        let whole = |response: Response<Bytes>| response.map(|body| Either::Left(Full::new(body)));
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "only GET here\n".to_owned());
-            refused.headers_mut().insert(header::ALLOW, HeaderValue::from_static(ALLOW));
-            return whole(refused);
-        }
-        let Some(page) = Page::of(request.uri().path()) else {
-            let here = "here are /, /status, /metrics, /healthz and /readyz\n";
-            return whole(text(StatusCode::NOT_FOUND, here.to_owned()));
-        };
-        let accept: Vec<&[u8]> = request.headers().get_all(header::ACCEPT).iter().map(HeaderValue::as_bytes).collect();
-        match self.watch(page, request.method(), &accept) {
-            Some(Ok(watcher)) => {
-                let pieces = stream::unfold(watcher, |mut watcher| async move {
-                    let piece = watcher.next().await?;
-                    Some((Ok(Frame::data(piece)), watcher))
-                });
-                live::head().map(|()| Either::Right(StreamBody::new(pieces.boxed())))
-            }
-            Some(Err(refused)) => whole(refused),
-            None => whole(self.show(page, &accept).await),
-        }
-    }
-
     /// 200 between the first complete scan and the beginning of shutdown.
     fn ready(&self) -> Response<Bytes> {
-        if self.stopping.load(Ordering::Acquire) {
-            text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n".to_owned())
-        } else if self.ready.load(Ordering::Acquire) {
-            text(StatusCode::OK, "ready\n".to_owned())
-        } else {
-            let why = "waiting for the first complete scan and its probes; /status says what is missing\n";
-            text(StatusCode::SERVICE_UNAVAILABLE, why.to_owned())
+        match self.life.phase() {
+            Phase::Starting => {
+                let why = "waiting for the first complete scan and its probes; /status says what is missing\n";
+                text(StatusCode::SERVICE_UNAVAILABLE, why.to_owned())
+            }
+            Phase::Ready => text(StatusCode::OK, "ready\n".to_owned()),
+            Phase::Settling | Phase::Draining | Phase::Over => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "shutting down\n".to_owned())
+            }
         }
     }
 
@@ -212,7 +171,7 @@ impl Admin {
             answer.await.ok()
         };
         let mut status = timeout(ASK_TIMEOUT, asking).await.ok().flatten()?;
-        status.stopping = self.stopping.load(Ordering::Acquire);
+        status.stopping = self.life.is_stopping();
         status.ready &= !status.stopping;
         Some(status)
     }

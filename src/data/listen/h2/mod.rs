@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{Rewound, Stopper, places::Places};
-use crate::data::proxy::{Proxy, seat::Seat};
+use crate::data::proxy::{Site, seat::Seat};
 
 /// Requests at a time on one connection.
 const STREAMS_MAX: u32 = 256;
@@ -73,7 +73,7 @@ struct Counted {
 pub(super) async fn serve(
     io: TcpStream,
     first: Vec<u8>,
-    proxy: Arc<Proxy>,
+    site: Site,
     client_ip: IpAddr,
     stopper: Stopper,
     (seat, places): (&Arc<Seat>, &Arc<Places>),
@@ -94,7 +94,7 @@ pub(super) async fn serve(
         Ok(Err(error)) => return tracing::debug!(%error, "HTTP/2 connection ended"),
         Err(_) => return tracing::debug!("HTTP/2 connection did not begin in time"),
     };
-    let patience = proxy.patience();
+    let patience = site.patience();
     let dead = match connection.ping_pong() {
         Some(ping) => until_dead(ping, passed, patience.write.map(|limit| limit.max(PONG_TIME_MIN))),
         None => return,
@@ -109,13 +109,13 @@ pub(super) async fn serve(
             biased;
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => {
-                    let (proxy, stream, flushed) = (proxy.clone(), OpenStream::of(&streams), flushed.clone());
+                    let (site, stream, flushed) = (site.clone(), OpenStream::of(&streams), flushed.clone());
                     // The connection has come with a descriptor for the only one.
                     let places = (streams.open.load(Relaxed) > 1).then(|| places.clone());
                     // Ends with the stream, which the connection outlives.
                     #[allow(clippy::disallowed_methods)]
                     tokio::spawn(async move {
-                        stream::serve(request, respond, proxy, client_ip, places, flushed).await;
+                        stream::serve(request, respond, site, client_ip, places, flushed).await;
                         drop(stream);
                     });
                     continue;

@@ -25,7 +25,7 @@ use super::super::{
     places::{Places, STREAM},
 };
 use crate::{
-    data::proxy::{Proxy, client::with_scratch},
+    data::proxy::{Site, client::with_scratch},
     wire::http1::{
         body::{BodyDecoder, Framing, LAST_CHUNK, push_chunk, push_last_chunk},
         head::{HeadEnd, Lines, ResponseHead},
@@ -63,7 +63,7 @@ struct Answer {
 pub(super) async fn serve(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
-    proxy: Arc<Proxy>,
+    site: Site,
     client_ip: IpAddr,
     places: Option<Arc<Places>>,
     flushed: Arc<Notify>,
@@ -84,13 +84,13 @@ pub(super) async fn serve(
         }
     };
     let (here, there) = tokio::io::duplex(PIPE_BYTES);
-    let write_limit = proxy.patience().write;
+    let write_limit = site.patience().write;
     // Shutting down is between the client and the library, which goes on taking streams until the client knows of it. A
     // stream that it took is a request under way, even if the engine has not read a byte of it.
     let closing = Stopper::default().closing();
     // Ends with the pipe, and the pipe with the stream.
     #[allow(clippy::disallowed_methods)]
-    let engine = tokio::spawn(async move { proxy.serve(there, Vec::new(), client_ip, closing).await });
+    let engine = tokio::spawn(async move { site.serve(there, Vec::new(), client_ip, closing).await });
     let (pipe, mut to_engine) = tokio::io::split(here);
     let is_head = request.method() == Method::HEAD;
     let mut answer = Answer { pipe, inbox: Vec::new(), write_limit, flushed };

@@ -250,6 +250,11 @@ pub fn classify<'p>(method: &Method, path: &'p str) -> Target<'p> {
     classify_closely(method, path)
 }
 
+/// What `path` means where the proxy's own pages are all there is.
+pub fn classify_page(path: &str) -> Target<'static> {
+    Page::of(path).map_or(Target::Unknown, Target::Own)
+}
+
 fn classify_closely<'p>(method: &Method, path: &'p str) -> Target<'p> {
     let reads = method == Method::GET || method == Method::HEAD;
     if let Some(page) = Page::of(path) {
