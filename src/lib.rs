@@ -60,7 +60,7 @@
 //! * The process has one phase, which only moves on ([`base::phase`]); every part that starts, stops or drains reads it.
 //! * All ports are answered by one HTTP engine, so an answer does not depend on the port.
 //! * Every queue, buffer and wait has a bound, and the request path takes no contended lock.
-//! * Nobody waits for the reader of the log: lines that are not taken are dropped and counted.
+//! * Nothing waits for the reader of the log: lines that are not taken are dropped and counted.
 //! * Keys, prompts and container environments are in no log, metric, status or error.
 //!
 //! # The proxy about itself

@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     code
 }
 
-/// Does what is asked for. What it says goes by way of the log, which nobody ever waits for.
+/// Does what is asked for. Its messages go by way of the log, which nothing ever waits for.
 fn run(call: Call, config: Config, warnings: Vec<Warning>) -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -74,7 +74,7 @@ fn run(call: Call, config: Config, warnings: Vec<Warning>) -> ExitCode {
             }
         }
     });
-    // Discovery may be in the middle of a question to the engine; nobody waits for the answer.
+    // Discovery may be in the middle of a question to the engine, whose answer is not needed any more.
     runtime.shutdown_background();
     code
 }

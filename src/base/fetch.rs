@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, time::timeout};
 /// What to fetch, and how much patience and room there is for the answer.
 #[derive(Debug, Clone, Copy)]
 pub struct Fetch<'a> {
-    /// Whom to ask.
+    /// Takes to ask.
     pub addr: SocketAddr,
     /// Path and query.
     pub path: &'a str,
@@ -29,7 +29,7 @@ pub struct Fetch<'a> {
 /// Why there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
-    /// Nobody listens.
+    /// Nothing listens at this address.
     #[error("nobody listens on {0}")]
     Refused(SocketAddr),
     /// There is no way to that address.

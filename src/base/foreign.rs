@@ -1,7 +1,7 @@
 //! Text and times that others chose: how much of a text is shown, what would have it read as something else, and how long
 //! a time may be.
 //!
-//! What containers say of themselves ends in logs, on terminals and in labels of metrics. Whoever accepts such text
+//! The words of containers about themselves end in logs, on terminals and in labels of metrics. A part that accepts such text
 //! bounds it and refuses or escapes what misleads; what it means is not known here.
 
 use std::{ops::RangeInclusive, time::Duration};

@@ -1,4 +1,4 @@
-//! Tasks without which the proxy does harm: a table that nobody writes any more, a port that nobody accepts on. When such a
+//! Tasks without which the proxy does harm: a table that is not written any more, a port that is not accepted on. When such a
 //! task ends before it may, the process is to end, because only then does something start it anew.
 //!
 //! What a task does is not known here.

@@ -75,7 +75,7 @@ pub async fn status(config: &Config, url: Option<&str>, form: Form, look: impl F
     Ok(())
 }
 
-/// Whether whoever reads what is printed wants more of it.
+/// Whether the reader of the output wants more of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reader {
     There,

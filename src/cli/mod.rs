@@ -31,12 +31,12 @@ pub enum Call {
     Serve,
     /// Ask a running proxy whether it lives.
     Healthcheck {
-        /// Whom to ask; `None`: the proxy of this environment.
+        /// Takes to ask; `None`: the proxy of this environment.
         url: Option<String>,
     },
     /// Show what a running proxy knows.
     Status {
-        /// Whom to ask; `None`: the proxy of this environment.
+        /// Takes to ask; `None`: the proxy of this environment.
         url: Option<String>,
         /// As what.
         form: Form,

@@ -56,7 +56,7 @@ struct Plan {
     silent: u32,
 }
 
-/// Whom to ask, by the serial of the backend.
+/// Takes to ask, by the serial of the backend.
 #[derive(Debug, Default)]
 struct Plans {
     plans: HashMap<u32, Plan>,

@@ -1,8 +1,8 @@
-//! Tells every metric, from the instruments and the live table, to whoever asks.
+//! Tells every metric, from the instruments and the live table, to `/metrics` and to the exporter.
 //!
 //! `/metrics` and OTLP are two [`Report`]s of the same telling, so neither can know what the other does not, and nothing is
 //! recorded twice. What is told of models and backends is what the table holds at that moment: their series go with them.
-//! Series of a model appear once there is something to tell, so a backend that announces a thousand models nobody uses
+//! Series of a model appear once there is something to tell, so a backend that announces a thousand models which are not used
 //! swells the page by no more than the list of what it serves (`proxy_backend_inflight`).
 
 use std::{
@@ -43,7 +43,7 @@ impl Reporter {
     pub fn tell(&self, to: &mut impl Report) {
         let table = self.table.snapshot();
         let routes = table.routes();
-        // A model that nobody has asked for has nothing to tell: there may be thousands of them.
+        // A model that no request has named has nothing to tell: there may be thousands of them.
         let models = routes.iter().map(|route| (&*route.model.id, &route.model.metrics));
         let models = models.chain([(UNKNOWN_MODEL, &self.metrics.unknown)]);
         let models: Vec<(&str, &ModelMetrics)> = models.filter(|(_, metrics)| !metrics.is_empty()).collect();
@@ -327,7 +327,7 @@ mod tests {
         let (idle, asked, wanted) = (route("idle"), route("asked"), route("wanted"));
         asked.model.metrics.of(Operation::Chat).request_done(200, Duration::from_secs(1));
         let line = wanted.model.clone();
-        let _ticket = line.waiting.join(1, crate::pool::waiting::Whom::Anybody).unwrap();
+        let _ticket = line.waiting.join(1, crate::pool::waiting::Takes::Any).unwrap();
         publisher.publish(RoutingTable::new(vec![idle, asked, wanted], Vec::new(), Vec::new()));
         let mut text = Exposition::default();
         Reporter { table: reader, metrics: Arc::new(Metrics::default()) }.tell(&mut text);

@@ -54,7 +54,7 @@ pub struct Route {
 pub enum Lookup<'t> {
     /// No backend has announced it: 404.
     Unknown,
-    /// Known, but nobody can take a request now: 503.
+    /// Known, but no backend can take a request now: 503.
     NoneReady(&'t Route),
     /// Go ahead.
     Ready(&'t Route),

@@ -1,7 +1,7 @@
 //! What is told of one backend to people: attempts served and failed, the last failure, tokens per second and the time to
 //! the first token of late, and when its breaker opened and closed.
 //!
-//! Requests write it with a few atomic operations and no lock; whoever asks for the status reads it. Rates need no task:
+//! Requests write it with a few atomic operations and no lock; the status reads it. Rates need no task:
 //! they are kept by the second in small rings, of which only what is recent counts.
 
 use std::{
@@ -43,7 +43,7 @@ pub enum Ended {
 /// How an attempt failed: as much as can be said without naming anybody.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trouble {
-    /// Nobody listens.
+    /// Nothing listens at its address.
     Refused,
     /// No connection in time.
     ConnectTimedOut,

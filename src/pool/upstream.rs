@@ -1,7 +1,7 @@
 //! Connections to one backend: opened when needed, reused while fresh, cut when the backend is cut.
 //!
 //! Idle connections are kept apart per worker thread, so the lock around them is never contended on the request path and
-//! a connection is always used by the thread that opened it. A connection is a socket and nothing else: whoever leases it
+//! a connection is always used by the thread that opened it. A connection is a socket and nothing else: the request that leases it
 //! reads and writes it in its own task, so a request costs no hand-over between tasks. Nothing here knows models, retries
 //! or HTTP.
 
@@ -54,7 +54,7 @@ pub fn set_worker(index: usize) {
 /// Why no connection could be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectError {
-    /// Nobody listens there.
+    /// Nothing listens there.
     Refused,
     /// No answer within the connect timeout.
     TimedOut,
@@ -386,7 +386,7 @@ impl Lease {
 // === impl Connection ===
 
 impl Connection {
-    /// Nothing has come since the last answer. An end, or bytes that nobody asked for, mean that it cannot be used.
+    /// Nothing has come since the last answer. An end, or bytes that were not asked for, mean that it cannot be used.
     fn is_silent(&self) -> bool {
         let read = self.stream.try_read(&mut [0]);
         matches!(read, Err(error) if error.kind() == io::ErrorKind::WouldBlock)

@@ -1,12 +1,13 @@
-//! Where requests wait for a place: one line per model, first come, first served, bounded.
+//! The queue of a model: requests wait here for a slot, first come, first served, and their number is bounded.
 //!
-//! Nobody is handed a place. Whoever is first in line is called when there may be one, and tries to claim it like anybody
-//! else; until it has one, or leaves, nobody behind it is called. So a place cannot be lost with a client that leaves just
-//! when it is called: leaving calls the next. Newcomers join the line as long as there is one ([`WaitingRoom::may_pass`]),
-//! so nobody is overtaken.
+//! A slot is not handed over. The first request in the queue is called when there may be a slot, and tries to claim it as
+//! every other request does; until it has one, or leaves, no request behind it is called. So a slot cannot be lost with a
+//! client that leaves just when it is called, because leaving calls the next. New requests join the queue as long as there
+//! is one ([`WaitingRoom::may_pass`]), so none is overtaken.
 //!
-//! Some would not take every place: they want one backend, or have tried another. They have a line of their own
-//! ([`Whom`]), or they would hold up everybody for whom there is a place elsewhere. All lines together have one bound.
+//! Some requests would not take every slot: they want one backend, or have tried another. They have a queue of their own
+//! ([`Takes`]), because they would hold up all others for which there is a slot elsewhere. All queues of a model together
+//! have one bound.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,31 +20,31 @@ use std::{
 
 use futures::task::AtomicWaker;
 
-/// The lines of one model.
+/// The requests that wait for a slot of one model.
 #[derive(Debug, Default)]
 pub struct WaitingRoom {
-    lines: Mutex<BTreeMap<Whom, VecDeque<Arc<Seat>>>>,
+    queues: Mutex<BTreeMap<Takes, VecDeque<Arc<Waiter>>>>,
     /// How long they are together, to be read without the lock.
     length: AtomicUsize,
-    /// How long the line is of those who wait for anybody.
-    for_anybody: AtomicUsize,
+    /// How many of them take the slot of any replica.
+    for_any: AtomicUsize,
 }
 
-/// For whom somebody waits. Those who wait for the same are served in order.
+/// For takes somebody waits. Those who wait for the same are served in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Whom {
+pub enum Takes {
     /// Any replica would do.
-    Anybody,
+    Any,
     /// Only the one with this serial number.
     Only(u32),
     /// Any but those that have been tried, the one with this serial number last.
-    AnybodyBut(u32),
+    AllBut(u32),
 }
 
 #[derive(Debug, Default)]
-struct Seat {
+struct Waiter {
     called: AtomicBool,
-    waiter: AtomicWaker,
+    task: AtomicWaker,
 }
 
 /// A place in the line. Dropping it leaves the line.
@@ -51,23 +52,23 @@ struct Seat {
 #[must_use = "dropping it leaves the line"]
 pub struct Ticket<'r> {
     room: &'r WaitingRoom,
-    whom: Whom,
-    seat: Arc<Seat>,
+    takes: Takes,
+    waiter: Arc<Waiter>,
 }
 
 // === impl WaitingRoom ===
 
 impl WaitingRoom {
-    /// Nobody waits. One atomic load.
+    /// The queue is empty. One atomic load.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whoever comes now and wants this overtakes nobody by not waiting.
-    pub fn may_pass(&self, whom: Whom) -> bool {
-        match whom {
-            Whom::Anybody | Whom::AnybodyBut(_) => self.for_anybody.load(Ordering::SeqCst) == 0,
-            Whom::Only(_) => self.is_empty(),
+    /// No request is queued for the same replicas, so one that comes now overtakes none by not waiting.
+    pub fn may_pass(&self, takes: Takes) -> bool {
+        match takes {
+            Takes::Any | Takes::AllBut(_) => self.for_any.load(Ordering::SeqCst) == 0,
+            Takes::Only(_) => self.is_empty(),
         }
     }
 
@@ -76,59 +77,59 @@ impl WaitingRoom {
         self.length.load(Ordering::SeqCst)
     }
 
-    /// Joins the end of the line for `whom`, unless `limit` are in the lines already.
-    pub fn join(&self, limit: usize, whom: Whom) -> Option<Ticket<'_>> {
-        let mut lines = self.lock();
+    /// Joins the end of the queue for `takes`, unless `limit` requests wait already.
+    pub fn join(&self, limit: usize, takes: Takes) -> Option<Ticket<'_>> {
+        let mut queues = self.lock();
         if self.len() >= limit {
             return None;
         }
-        let seat = Arc::new(Seat::default());
-        lines.entry(whom).or_default().push_back(seat.clone());
-        self.count(&lines);
-        Some(Ticket { room: self, whom, seat })
+        let waiter = Arc::new(Waiter::default());
+        queues.entry(takes).or_default().push_back(waiter.clone());
+        self.count(&queues);
+        Some(Ticket { room: self, takes, waiter })
     }
 
-    /// There may be a place: whoever is first in a line tries.
+    /// There may be a slot: the first of each queue tries to claim it.
     pub fn call(&self) {
         if !self.is_empty() {
             self.lock().values().filter_map(VecDeque::front).for_each(|first| first.call());
         }
     }
 
-    fn count(&self, lines: &BTreeMap<Whom, VecDeque<Arc<Seat>>>) {
-        let for_anybody = lines.get(&Whom::Anybody).map_or(0, VecDeque::len);
-        self.for_anybody.store(for_anybody, Ordering::SeqCst);
-        self.length.store(lines.values().map(VecDeque::len).sum(), Ordering::SeqCst);
+    fn count(&self, queues: &BTreeMap<Takes, VecDeque<Arc<Waiter>>>) {
+        let for_any = queues.get(&Takes::Any).map_or(0, VecDeque::len);
+        self.for_any.store(for_any, Ordering::SeqCst);
+        self.length.store(queues.values().map(VecDeque::len).sum(), Ordering::SeqCst);
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Whom, VecDeque<Arc<Seat>>>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Takes, VecDeque<Arc<Waiter>>>> {
         // Nothing that can panic runs under this lock; a poisoned one is as good as any.
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-// === impl Seat ===
+// === impl Waiter ===
 
-impl Seat {
+impl Waiter {
     fn call(&self) {
         self.called.store(true, Ordering::Release);
-        self.waiter.wake();
+        self.task.wake();
     }
 }
 
 // === impl Ticket ===
 
 impl Ticket<'_> {
-    /// Nobody is before it in its line.
+    /// No request is before it in its queue.
     pub fn is_first(&self) -> bool {
-        let lines = self.room.lock();
-        lines.get(&self.whom).and_then(VecDeque::front).is_some_and(|first| Arc::ptr_eq(first, &self.seat))
+        let queues = self.room.lock();
+        queues.get(&self.takes).and_then(VecDeque::front).is_some_and(|first| Arc::ptr_eq(first, &self.waiter))
     }
 
     /// Ready when it has been called since the last time it was.
     pub fn poll_called(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.seat.waiter.register(cx.waker());
-        if self.seat.called.swap(false, Ordering::AcqRel) { Poll::Ready(()) } else { Poll::Pending }
+        self.waiter.task.register(cx.waker());
+        if self.waiter.called.swap(false, Ordering::AcqRel) { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Resolves when it has been called since the last time it was.
@@ -139,20 +140,20 @@ impl Ticket<'_> {
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        let mut lines = self.room.lock();
-        let Some(line) = lines.get_mut(&self.whom) else { return };
-        let place = line.iter().position(|seat| Arc::ptr_eq(seat, &self.seat));
+        let mut queues = self.room.lock();
+        let Some(line) = queues.get_mut(&self.takes) else { return };
+        let place = line.iter().position(|waiter| Arc::ptr_eq(waiter, &self.waiter));
         if let Some(place) = place {
             line.remove(place);
         }
         // It may have been called for a place that it did not take, and there may be more than the one it took. The first
-        // of other lines have been called for the same, and have tried by themselves.
+        // of other queues have been called for the same, and have tried by themselves.
         match line.front() {
             Some(next) if place == Some(0) => next.call(),
             Some(_) => {}
-            None => drop(lines.remove(&self.whom)),
+            None => drop(queues.remove(&self.takes)),
         }
-        self.room.count(&lines);
+        self.room.count(&queues);
     }
 }
 
@@ -162,7 +163,7 @@ mod tests {
 
     use super::*;
 
-    const ANYBODY: Whom = Whom::Anybody;
+    const ANYBODY: Takes = Takes::Any;
 
     fn is_called(ticket: &Ticket<'_>) -> bool {
         ticket.called().now_or_never().is_some()
@@ -207,12 +208,12 @@ mod tests {
     #[test]
     fn whoever_is_hard_to_please_holds_up_nobody_else() {
         let room = WaitingRoom::default();
-        let (one, same, other) = (Whom::Only(1), Whom::Only(1), Whom::AnybodyBut(1));
-        let [a, b, c] = [one, same, other].map(|whom| room.join(5, whom).unwrap());
+        let (one, same, other) = (Takes::Only(1), Takes::Only(1), Takes::AllBut(1));
+        let [a, b, c] = [one, same, other].map(|takes| room.join(5, takes).unwrap());
         assert!(room.may_pass(ANYBODY) && room.may_pass(other) && !room.may_pass(one));
-        let [d, e] = [ANYBODY; 2].map(|whom| room.join(5, whom).unwrap());
+        let [d, e] = [ANYBODY; 2].map(|takes| room.join(5, takes).unwrap());
         assert!(!room.may_pass(ANYBODY) && !room.may_pass(other) && !room.may_pass(one));
-        assert!(room.len() == 5 && room.join(5, Whom::Only(2)).is_none(), "one bound for all");
+        assert!(room.len() == 5 && room.join(5, Takes::Only(2)).is_none(), "one bound for all");
         assert_eq!([&a, &b, &c, &d, &e].map(|ticket| ticket.is_first()), [true, false, true, true, false]);
         room.call();
         assert_eq!([&a, &b, &c, &d, &e].map(is_called), [true, false, true, true, false]);

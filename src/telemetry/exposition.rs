@@ -19,7 +19,7 @@ pub enum Value {
     Float(f64),
 }
 
-/// Where metrics are told. Whoever tells them begins a family and then gives its series.
+/// Where metrics are told: a family is begun, and then its series are given.
 pub trait Report {
     /// Begins a metric; its series follow.
     fn family(&mut self, family: &'static Family);

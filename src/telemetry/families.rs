@@ -40,7 +40,7 @@ pub struct OtlpName {
     pub naming: Naming,
 }
 
-/// Who says what labels are called.
+/// Which convention names the labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Naming {
     /// This proxy: as in Prometheus.

@@ -1,6 +1,6 @@
 //! Instruments.
 //!
-//! Recording is a few atomic additions: no lock, no allocation, no label lookup; whoever records holds the instrument.
+//! Recording is a few atomic additions: no lock, no allocation, no label lookup; each part that records holds its instrument.
 //! Label values come from our own sets only (models and backends in the routing table), so a client cannot create series,
 //! and series vanish with what they describe.
 
@@ -238,7 +238,7 @@ impl PerWord {
     }
 }
 
-/// The model in series of requests whose model nobody knows. No backend may announce it.
+/// The model in series of requests whose model is not known. No backend may announce it.
 pub const UNKNOWN_MODEL: &str = "_unknown";
 
 /// How many distinct statuses one model keeps apart; what comes after them is counted as status `other`.
@@ -274,7 +274,7 @@ impl StatusCounts {
 
     /// Nothing has been counted.
     pub fn is_empty(&self) -> bool {
-        // The first slot is claimed by whoever counts first.
+        // The first free slot is claimed by the first count of a new word.
         self.slots[0].0.load(Relaxed) == 0
     }
 

@@ -50,7 +50,7 @@ fn choosing_allocates_nothing() {
 
 /// Allocations and reallocations until all members of a pool are full and the last requests have been refused.
 fn count(size: u32, policy: Balance, rng: &mut fastrand::Rng, now: Instant) -> (usize, usize) {
-    let limits = |i| (NonZeroU32::new(1 + i % 3).unwrap(), NonZeroU32::new(4));
+    let limits = |i| (NonZeroU32::MIN.saturating_add(i % 3), NonZeroU32::new(4));
     let members = pool::pool(size, now, limits);
     let tried = [members[0].backend.clone()];
     let mut held = Vec::with_capacity(10_000);

@@ -544,7 +544,7 @@ async fn whoever_waits_is_called_when_a_table_is_published() {
     bench.change(upsert(container("a")));
     bench.answer("a", &["m"]);
     let model = bench.member("m").model.clone();
-    let ticket = model.waiting.join(1, crate::pool::waiting::Whom::Anybody).unwrap();
+    let ticket = model.waiting.join(1, crate::pool::waiting::Takes::Any).unwrap();
     let is_called = || ticket.called().now_or_never().is_some();
     assert!(!is_called());
     bench.change(Change::Ended("a".into()));
@@ -585,7 +585,7 @@ async fn whoever_begins_to_wait_while_a_table_is_made_is_called() {
                 while since.elapsed() < usual * (now % 50) as u32 / 50 {
                     std::hint::spin_loop();
                 }
-                let ticket = model.waiting.join(9, crate::pool::waiting::Whom::Anybody).unwrap();
+                let ticket = model.waiting.join(9, crate::pool::waiting::Takes::Any).unwrap();
                 if !matches!(reader.snapshot().lookup("m"), Lookup::Ready(_)) {
                     while ticket.called().now_or_never().is_none() && since.elapsed() < TOO_LONG {
                         std::thread::yield_now();

@@ -1,4 +1,4 @@
-//! Who holds which prefix: a table of fixed size that forgets what has not been used for longest.
+//! Which replica holds which prefix: a table of fixed size that forgets what has not been used for longest.
 //!
 //! It is cut into shards with a lock each, held for one look at a few entries that lie side by side. Keys are hashes, so
 //! they choose shard and row by themselves. Within a row of eight the least recently used one makes room, which is nearly
@@ -25,7 +25,7 @@ pub(super) struct Holders {
 /// What is known of a prefix.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Found {
-    /// Who has it, the last one first; 0 for none.
+    /// The replicas that have it, the last one first; 0 for none.
     pub(super) replicas: [u32; REPLICAS],
     /// How often it has been the longest that was known of a prompt.
     pub(super) continued: u32,
@@ -56,7 +56,7 @@ impl Holders {
         Holders { shards: (0..SHARDS).map(|_| shard()).collect() }
     }
 
-    /// Who has the prefix. `continues`: and a prompt has come that goes on from here.
+    /// The replicas that have the prefix. `continues`: and a prompt has come that goes on from here.
     pub(super) fn find(&self, key: u64, continues: bool) -> Option<Found> {
         let mut shard = self.shard(key);
         let entry = shard.row(key).iter_mut().find(|entry| entry.is(key))?;

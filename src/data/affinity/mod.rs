@@ -4,16 +4,16 @@
 //! Engines keep the keys and values of prompts they have computed, and a conversation repeats all of it in every turn: a
 //! replica that served the turn before has to compute the new message only. So what is remembered here is which replica
 //! has been sent which prefix, as hashes ([`Prompt::marks`]). That is a guess, since no engine says what it has thrown
-//! away, but it needs nobody's help and cannot do harm: a wrong guess costs what every other choice would have cost.
+//! away, but it needs no help from engines and cannot do harm: a wrong guess costs what every other choice would have cost.
 //!
 //! Three rules decide, in this order ([`Affinity::prefer`]):
 //!
 //! 1. *The longest prefix wins.* A prefix that is continued once or twice is a conversation, and its next turn stays where
 //!    it is. One that is continued more often is shared, a system prompt or a template, and goes to any of its
 //!    holders that does not have more than its share of recent requests.
-//! 2. *Load stands above it.* A holder with more than 1.25 times the mean in flight is left; whoever gets the request
+//! 2. *Load stands above it.* A holder with more than 1.25 times the mean in flight is left; the replica that gets the request
 //!    instead is a holder from then on.
-//! 3. *What nobody holds is spread*, by the policy for all else, over those that have no more than their share.
+//! 3. *A prefix without a holder is spread*, by the policy for all else, over those that have no more than their share.
 //!
 //! The share of recent requests matters because load alone does not spread anything where there is little of it: with
 //! one request at a time every replica is idle, and the first one to see a common system prompt would get them all.
@@ -103,7 +103,7 @@ pub enum Preference<'a> {
 #[derive(Debug)]
 pub struct Spread<'a> {
     loads: Loads<'a>,
-    /// Nobody is left otherwise.
+    /// No other replica is left.
     all: bool,
 }
 

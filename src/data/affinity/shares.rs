@@ -24,7 +24,7 @@ struct Allowed {
 /// In flight. With less slack conversations leave because two of them happened to ask at once: at 2, a tenth to a fifth of
 /// all turns moved in the simulation, at 4 no more than a twentieth, and the first byte came sooner for it.
 const IN_FLIGHT: Allowed = Allowed { eighths: 10, slack: 4 };
-/// Of recent requests. No more than the share, so that whoever has less of it gets something soon.
+/// Of recent requests. No more than the share, so that a replica that has less of it gets something soon.
 const RECENT: Allowed = Allowed { eighths: 8, slack: 2 };
 
 /// Recent requests of every replica of every model.
@@ -51,7 +51,7 @@ impl Shares {
         Shares { counters: (0..COUNTERS).map(|_| AtomicU32::new(0)).collect() }
     }
 
-    /// The load of the pool of a model. Whoever is new to it is taken to have had nearly its
+    /// The load of the pool of a model. A replica that is new to it is taken to have had nearly its
     /// share: it gets something at once, but is not flooded.
     pub(super) fn loads(&self, model: u64, pool: impl Iterator<Item = Candidate> + Clone) -> Loads<'_> {
         let mut loads = Loads { shares: self, model, weights: 0, in_flight: 0, recent: 0 };

@@ -26,7 +26,7 @@ use policy::{Candidate, Request};
 pub struct Wanted<'a> {
     /// Backends that have been tried: their members are left out.
     pub tried: &'a [Arc<Backend>],
-    /// Who has been sent which prompts, and the prompt, for the policy that goes by it.
+    /// Which member has been sent which prompts, and the prompt, for the policy that goes by it.
     pub affinity: Option<(&'a Affinity, &'a Prompt)>,
     /// Length of the request's body, as far as it is known.
     pub prompt_bytes: u64,
@@ -46,7 +46,7 @@ pub enum NoPlace {
     },
 }
 
-/// So many members are picked that turn out to refuse. After that, whoever has a place is good enough.
+/// So many members are picked that turn out to refuse. After that, any member with a free slot is good enough.
 const PICKS_MAX: usize = 8;
 
 /// Claims a place on the best of `members`. A member that refuses (it has just closed, is full, or rests) is passed over
@@ -178,7 +178,7 @@ impl Candidate for Arc<Member> {
     }
 
     fn pace_s(&self) -> Option<f64> {
-        // Whoever is due for a trial is worth one: what was measured before it failed says nothing about now.
+        // A member that is due for a trial is worth one, because the measurements from before it failed say nothing about now.
         match self.backend.breaker.state() {
             State::Closed => self.backend.latency.seconds(),
             State::Open | State::HalfOpen => None,

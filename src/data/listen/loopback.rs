@@ -22,7 +22,7 @@ pub(super) fn beside(listener: &TcpListener, backlog: i32) -> Vec<TcpListener> {
         SocketAddr::V4(_) => &[IpAddr::V4(Ipv4Addr::LOCALHOST)],
         SocketAddr::V6(_) => &[IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],
     };
-    // Only while they are bound: nobody else is to share the port by accident.
+    // Only while they are bound, because no other program is to share the port by accident.
     let port = SockRef::from(listener);
     if let Err(error) = port.set_reuse_port(true) {
         tracing::debug!(%error, "health checks wait in line with all clients");

@@ -312,7 +312,7 @@ async fn work(
     stopper: Stopper,
 ) {
     let connections = TaskTracker::new();
-    // Ends once nobody can hand over any more and everything that was handed over is served.
+    // Ends once no connection can be handed over any more and every one that was handed over is served.
     while let Some(Arrived { stream, peer, mut place }) = incoming.recv().await {
         let closed = CloseGuard { open: open.clone(), metrics: site.metrics().clone() };
         closed.metrics.clients_accepted.increment();

@@ -475,7 +475,7 @@ impl Watch for Account<'_> {
 
     fn passed(&mut self, is_all: bool) {
         let Phase::Answering(answering) = &mut self.phase else { return };
-        // Of a request that was sent more than once nobody could say which part of its time was the proxy's.
+        // Of a request that was sent more than once it cannot be told which part of its time was the proxy's.
         if let Some((written_at, answered_at)) = answering.turn.take()
             && is_all
             && self.attempts == 1

@@ -22,7 +22,7 @@ use crate::{
     pool::{
         backend::{Backend, InFlight, Member, Model},
         table::Lookup,
-        waiting::Whom,
+        waiting::Takes,
     },
 };
 
@@ -102,10 +102,10 @@ impl<'c> Eligible<'c> {
         self
     }
 
-    fn whom(&self) -> Whom {
+    fn takes(&self) -> Takes {
         match self {
-            Eligible::Only(member) => Whom::Only(member.backend.serial),
-            Eligible::AnyOf { tried, .. } => tried.last().map_or(Whom::Anybody, |last| Whom::AnybodyBut(last.serial)),
+            Eligible::Only(member) => Takes::Only(member.backend.serial),
+            Eligible::AnyOf { tried, .. } => tried.last().map_or(Takes::Any, |last| Takes::AllBut(last.serial)),
         }
     }
 }
@@ -197,7 +197,7 @@ impl<S: Transport> Call<'_, S> {
         let proxy = self.proxy;
         let Maker::Here(member) = proxy.makers.of("responses", self.replay.continues()?) else { return None };
         let is_it = proxy.table.snapshot().known_as(model).is_some_and(|known| known.id == member.model.id);
-        if !is_it || !member.model.waiting.may_pass(Whom::Anybody) {
+        if !is_it || !member.model.waiting.may_pass(Takes::Any) {
             return None;
         }
         let in_flight = member.try_acquire(Instant::now()).ok()?;
@@ -266,7 +266,7 @@ impl<S: Transport> Call<'_, S> {
         model: &Arc<Model>,
         mut otherwise: ProxyError,
     ) -> Result<InFlight, NoAnswer> {
-        let Some(ticket) = model.waiting.join(self.proxy.queue.max, eligible.whom()) else {
+        let Some(ticket) = model.waiting.join(self.proxy.queue.max, eligible.takes()) else {
             return Err(otherwise.into());
         };
         let began = Instant::now();
@@ -340,7 +340,7 @@ impl<S: Transport> Call<'_, S> {
                 }
             }
         };
-        let claimed = if is_first || model.waiting.may_pass(eligible.whom()) {
+        let claimed = if is_first || model.waiting.may_pass(eligible.takes()) {
             RNG.with_borrow_mut(|rng| balance::claim(members, proxy.balance, &wanted, rng, now))
         } else {
             Err(NoPlace::Busy { rest: None })

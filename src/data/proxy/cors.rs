@@ -33,11 +33,11 @@ pub(super) fn is_preflight(head: &RequestHead) -> bool {
 /// Which origins' scripts may read answers.
 #[derive(Debug, Clone)]
 pub(super) enum Cors {
-    /// Nobody's, as far as it is for the proxy to say.
+    /// None, as far as it is for the proxy to say.
     Off,
-    /// Everybody's.
+    /// Every origin's.
     Any,
-    /// Theirs.
+    /// Those of these origins.
     Listed(Vec<String>),
 }
 

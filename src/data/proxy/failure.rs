@@ -119,7 +119,7 @@ pub enum Next {
     Refuse,
     /// The answer is cut, after an error event where it is a stream of events.
     Cut,
-    /// Everything ends, because there is nobody to tell.
+    /// Everything ends, because the client has gone.
     Abandon,
 }
 

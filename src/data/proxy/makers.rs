@@ -1,4 +1,4 @@
-//! Who made which answer: requests that carry the id of an answer (`GET /v1/videos/{id}`) go to the backend that made it,
+//! Which backend made which answer: requests that carry the id of an answer (`GET /v1/videos/{id}`) go to the backend that made it,
 //! because it alone remembers it.
 //!
 //! What is remembered is a hash of the id and of the collection that it belongs to, the first segment below `/v1`. Answers
@@ -92,7 +92,7 @@ impl Makers {
         }
     }
 
-    /// Who made the answer with this id in this collection.
+    /// The backend that made the answer with this id in this collection.
     pub fn of(&self, collection: &str, id: &str) -> Maker {
         let key = self.key(collection, id);
         let made = self.kept.get(&key).map(|made| made.clone()).or_else(|| self.in_passing(key));

@@ -38,7 +38,7 @@ pub type ShownId = DisplayValue<TraceId>;
 /// The trace of one request.
 #[derive(Debug, Default)]
 pub enum Trace {
-    /// Nobody wants one.
+    /// None is wanted.
     #[default]
     Off,
     /// Nothing is recorded; the backend is told so.
@@ -76,7 +76,7 @@ pub struct Summary<'a> {
     pub head: &'a RequestHead,
     /// Its id.
     pub request_id: &'a str,
-    /// Who sent it.
+    /// The address of its client.
     pub client_ip: IpAddr,
     /// The status that its client got.
     pub status: u16,
@@ -84,7 +84,7 @@ pub struct Summary<'a> {
     pub ending: Ending,
     /// Its model, if that is known.
     pub model: Option<&'a Model>,
-    /// Who served it last.
+    /// The backend that served it last.
     pub backend: Option<&'a Backend>,
     /// What its answer told.
     pub usage: Option<Usage>,
@@ -130,7 +130,7 @@ impl Trace {
         }
     }
 
-    /// Nobody serves this model.
+    /// No backend serves this model.
     pub fn missed(&mut self, model: &str) {
         self.event("routing.miss", || vec![KeyValue::new("gen_ai.request.model", shown(model))]);
     }

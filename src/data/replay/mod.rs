@@ -177,7 +177,7 @@ impl Replay {
         (at, Ok(()))
     }
 
-    /// Follows the framing of what nobody will send; returns how much of it belonged to the body.
+    /// Follows the framing of bytes that are not sent on; returns how much of it belonged to the body.
     ///
     /// # Errors
     /// The framing is broken.

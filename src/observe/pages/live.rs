@@ -1,5 +1,5 @@
 //! The status as it changes: server-sent events (<https://html.spec.whatwg.org/multipage/server-sent-events.html>) for the
-//! page, and for whoever else asks for `text/event-stream`.
+//! page, and for any other client that asks for `text/event-stream`.
 //!
 //! There is no task: each watcher's own connection asks once a second, and what one has been told is told to others that
 //! ask within that second, so that many watchers cost the registry hardly more than one.
@@ -61,7 +61,7 @@ struct Snapshot {
     event: Bytes,
 }
 
-/// Somebody who is told. Dropping it gives its place to others.
+/// A client that watches. Dropping it gives its place to another one.
 #[derive(Debug)]
 pub struct Watcher {
     admin: Admin,
@@ -87,7 +87,7 @@ pub fn head() -> Response<()> {
 // === impl Live ===
 
 impl Live {
-    /// Nobody watches. All are told a last time, and let go, when the process is told to stop.
+    /// A meeting place without watchers. All are told a last time, and let go, when the process is told to stop.
     pub fn new(life: Life) -> Live {
         Live { places: Arc::new(Semaphore::new(WATCHERS_MAX)), latest: Arc::default(), life }
     }
@@ -159,7 +159,7 @@ impl Watcher {
                 return None;
             }
             if self.told.is_none() || self.sent.is_none_or(|sent| sent + HEARTBEAT <= now) {
-                // Without an answer, too: whoever has left is noticed by writing.
+                // Without an answer, too, because a watcher that has left is noticed by writing.
                 self.sent = Some(now);
                 if self.told.is_none() {
                     sleep(EVERY).await;

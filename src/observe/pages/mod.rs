@@ -34,7 +34,7 @@ pub struct Admin {
     pub reporter: Reporter,
     /// The way to the registry.
     pub asks: mpsc::Sender<Ask>,
-    /// Who watches the status.
+    /// The connections that watch the status.
     pub live: Live,
 }
 
@@ -178,7 +178,7 @@ impl Admin {
 }
 
 /// Whether `Accept`, whose lines are one list, names this media type. Parameters and the order of preference say nothing
-/// here: whoever names it can take it, unless it is named to be refused (`q=0`, RFC 9110, 12.4.2).
+/// here: a client that names it can take it, unless it is named to be refused (`q=0`, RFC 9110, 12.4.2).
 fn lists(accept: &[&[u8]], media_type: &str) -> bool {
     let refuses = |parameter: &[u8]| match parameter {
         [b'q' | b'Q', b'=', b'0', digits @ ..] => digits.iter().all(|digit| matches!(digit, b'.' | b'0')),

@@ -9,7 +9,7 @@ use crate::base::foreign;
 
 /// Events that are remembered: some minutes of a busy day, and no more than a page shows.
 pub const EVENTS_MAX: usize = 256;
-/// Longest text of an event: whoever watches is sent all of them again with every change.
+/// Longest text of an event, because a watcher is sent all of them again with every change.
 const TEXT_BYTES_MAX: usize = 1024;
 
 /// What kind of thing has happened.
@@ -106,7 +106,7 @@ impl Events {
     }
 }
 
-/// A time as the status has it, in whole milliseconds: nobody reads more.
+/// A time as the status has it, in whole milliseconds, because more digits are only harder to read.
 pub fn rfc3339(time: OffsetDateTime) -> String {
     let time = time.replace_millisecond(time.millisecond()).unwrap_or(time);
     time.format(&Rfc3339).unwrap_or_default()

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 /// Version of the shape. It stays the same as long as fields are only added.
 pub const VERSION: u32 = 1;
 
-/// A question to whoever keeps the picture.
+/// A question to the registry, which keeps the status.
 #[derive(Debug)]
 pub enum Ask {
     /// The whole picture.

@@ -109,7 +109,7 @@ pub struct Model {
     pub id: Box<str>,
     /// Its instruments.
     pub metrics: ModelMetrics,
-    /// Whose turn it is in round robin.
+    /// The member whose turn it is in round robin.
     pub turn: AtomicUsize,
     /// Requests that wait for a place.
     pub waiting: WaitingRoom,
@@ -220,8 +220,8 @@ impl Backend {
         self.spec.max_inflight.is_some_and(|limit| self.in_flight() >= u64::from(limit.get()))
     }
 
-    /// Has the first request that waits for `model` called once, when a place has become free here. Whoever asks for it
-    /// tries to claim a place after that and before it waits: either the claim sees the place, or the call is made.
+    /// Has the first request in the queue of `model` called once, when a slot has become free here. The caller tries to
+    /// claim a slot after this and before it waits: either the claim sees the slot, or the call is made.
     pub fn call_when_free(&self, model: &Arc<Model>) {
         let mut callers = self.callers.lock().unwrap_or_else(PoisonError::into_inner);
         if !callers.iter().any(|caller| Arc::ptr_eq(caller, model)) {
@@ -299,7 +299,7 @@ impl Member {
         self.enter(now, |breaker| breaker.enter(now).map_err(|_| Refused::Resting))
     }
 
-    /// Claims a place although the breaker keeps requests away: there is nobody better.
+    /// Claims a slot although the breaker keeps requests away, because no member is better.
     ///
     /// # Errors
     /// The backend is closed or full.
@@ -398,7 +398,7 @@ impl InFlight {
     /// called instead.
     pub fn answered(&mut self, outcome: Outcome, now: Instant) {
         let breaker = &self.member.backend.breaker;
-        // Whoever is on trial has passed it: others need not wait for the end of an answer that takes minutes.
+        // A half-open breaker is closed by this: others need not wait for the end of an answer that takes minutes.
         if outcome == Outcome::Success && breaker.state() == State::Closed {
             self.verdict = Verdict::Answers;
         } else {
@@ -421,7 +421,7 @@ impl InFlight {
         self.awaited = None;
         let backend = &self.member.backend;
         let was_last = backend.gate.leave();
-        // After the gate: whoever reads that there is none may rely on it.
+        // After the gate, so that a reader which sees that there is none may rely on it.
         self.member.in_flight.fetch_sub(1, Ordering::Release);
         if was_last {
             backend.drained.notify_waiters();
@@ -465,7 +465,7 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         match self.verdict {
-            // The client left: nothing is known, and if this was a trial, somebody else makes it.
+            // The client left: nothing is known, and if this was a trial, another request makes it.
             Verdict::Unknown => {
                 let now = Instant::now();
                 if let Some(awaited) = self.awaited.take() {

@@ -88,7 +88,7 @@ fn whoever_waits_is_called_when_a_trial_has_succeeded() {
     trip(&member, now);
     let later = now + Duration::from_secs(1);
     let mut trial = member.try_acquire(later).unwrap();
-    let waiting = member.model.waiting.join(9, crate::pool::waiting::Whom::Anybody).unwrap();
+    let waiting = member.model.waiting.join(9, crate::pool::waiting::Takes::Any).unwrap();
     member.backend.call_when_free(&member.model);
     assert!(member.try_acquire(later).is_err());
     trial.answered(Outcome::Success, later);

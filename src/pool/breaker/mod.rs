@@ -12,7 +12,7 @@
 //! [`CircuitBreaker`] keeps it in an atomic and tells it the time.
 //!
 //! Every closed and every open period has a number, and an attempt carries the number of the period it began in: what it
-//! has to say counts in that period only. So whoever answers late neither closes nor trips what it knows nothing about.
+//! has to say counts in that period only. So a late answer neither closes nor trips a breaker that it knows nothing about.
 //!
 //! A trial has a time limit, after which it counts as lost: its backend's machine may have vanished, or its answer may take
 //! minutes. Then the next attempt is the trial, and the lost one has no say any more.
@@ -367,7 +367,7 @@ impl Parts {
     fn closed(self, window: Window, success: bool, now_ms: u64) -> Breaker {
         let (window, passed) = window.at(now_ms);
         // What failed trials have added is taken back by one doubling in five seconds: at a backend that trips again as
-        // soon as it gets its share of the traffic, nobody has to find out anew how long it needs.
+        // soon as it gets its share of the traffic, it need not be measured anew.
         let level = self.level.saturating_sub(passed);
         let window = window.add(success);
         if success || !window.is_bad() {

@@ -1,7 +1,7 @@
 //! What an engine says of its own load, and how long to believe it.
 //!
-//! Requests that this proxy has in flight at a backend are counted exactly, and need nobody's word. What an engine adds is
-//! what comes to it by other ways: other proxies, other clients. That share is taken from its metrics page about once a
+//! Requests that this proxy has in flight at a backend are counted exactly by the proxy itself. An engine tells
+//! of the requests that come to it by other ways: other proxies, other clients. That share is taken from its metrics page about once a
 //! second; what happens in between is known from the proxy's own count. When an engine has said nothing for a while it is
 //! neither idle nor dead: nothing is known.
 
@@ -88,7 +88,7 @@ impl EngineLoad {
     }
 }
 
-/// Whose gauge a line shows, and what follows its name.
+/// The engine whose gauge a line shows, and the rest of the line behind its name.
 fn gauge_of(line: &[u8]) -> Option<(usize, Gauge, &[u8])> {
     // Most lines of a page end here.
     if !matches!(line.first(), Some(b'v' | b's' | b'l')) {

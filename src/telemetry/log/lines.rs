@@ -10,7 +10,7 @@ pub(super) const RESERVE_BYTES: usize = 64 << 10;
 /// So much of a buffer is kept for the next lines.
 const BYTES_KEPT: usize = 64 << 10;
 /// Most bytes in one write. A pipe takes these whole or not at all (pipe(7), `PIPE_BUF`): lines do not mix with those of
-/// another program in the same pipe, and none is cut in two when this program ends while nobody reads.
+/// another program in the same pipe, and none is cut in two when this program ends while the pipe is not read.
 const WRITE_MAX: usize = 4096;
 
 /// Lines in their order, each with what ends it.

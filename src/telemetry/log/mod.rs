@@ -6,7 +6,7 @@
 //! A warning that says the same of the same container again and again is let through three times, and then once a minute,
 //! with the number of those that were left out meanwhile (`left_out`).
 //!
-//! Whoever logs never waits for whoever reads: lines go through a bounded queue to one thread that writes them, so nothing
+//! A thread that logs never waits for the reader of the log: lines go through a bounded queue to one thread that writes them, so nothing
 //! may print to standard error beside it once [`init`] has begun.
 
 mod lines;
@@ -45,7 +45,7 @@ use self::{
 };
 use crate::base::config::LogFormat;
 
-/// How long the last lines get to be written: whoever ends the program waits no longer for someone who does not read.
+/// How long the last lines get to be written. The end of the program waits no longer for a log that is not read.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// There is one standard error, so there is one queue to it.
@@ -110,7 +110,7 @@ pub fn flush() {
     QUEUE.flush(FLUSH_TIMEOUT);
 }
 
-/// How many lines were not written, as nobody read them or nothing took them.
+/// How many lines were not written, because the log was not read or could not be written.
 pub fn dropped() -> u64 {
     QUEUE.dropped()
 }

@@ -1,4 +1,4 @@
-//! Whoever logs leaves its line here and goes on; one thread writes them. A pipe that nobody reads, a terminal that
+//! A thread that logs leaves its line here and goes on; one thread writes them. A pipe that is not read, a terminal that
 //! somebody has stopped, a log driver that hangs: each stops that thread and nothing else. Lines that do not fit any more
 //! are dropped and counted.
 

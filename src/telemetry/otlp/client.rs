@@ -196,7 +196,7 @@ impl HttpClient for CollectorClient {
 // === impl SendError ===
 
 impl SendError {
-    /// Whether the collector says that there is nobody for this kind of telemetry: no such path, or no such service.
+    /// Whether the collector says that it does not take this kind of telemetry: no such path, or no such service.
     fn says_that_none_is_taken(&self) -> bool {
         const UNIMPLEMENTED: u32 = 12;
         match self {

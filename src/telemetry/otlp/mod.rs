@@ -40,7 +40,7 @@ pub use self::{
 };
 use crate::base::config::otlp::{Metrics, OtlpSettings, Traces};
 
-/// Who makes these spans and metrics.
+/// The resource that these spans and metrics belong to.
 const SCOPE: &str = "inference-proxy";
 
 /// Why telemetry cannot be sent.

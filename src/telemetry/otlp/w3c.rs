@@ -68,7 +68,7 @@ fn hex(digits: &[u8]) -> Option<u128> {
     })
 }
 
-/// The `traceparent` that makes whoever gets it a child of this span.
+/// The `traceparent` that makes the receiver's span a child of this span.
 pub fn traceparent(context: &SpanContext) -> [u8; TRACEPARENT_BYTES] {
     let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
     write_hex(&mut text[3..35], &context.trace_id().to_bytes());

@@ -62,7 +62,7 @@ enum State {
         size: u64,
         length: u16,
     },
-    /// What a chunk may say of itself, which nobody heeds.
+    /// A chunk extension, which no reader heeds.
     Extension {
         size: u64,
         length: u16,

@@ -248,14 +248,14 @@ impl ModelScanner {
 
     /// The model, as soon as its value has been read completely; `None` after an error.
     ///
-    /// Until [`finish`](Self::finish) has succeeded it is a promise that may still be broken: who sends bytes to a
-    /// backend on the strength of it must keep back the end of the body, and abort when a later call fails.
+    /// Until [`finish`](Self::finish) has succeeded it is a promise that may still be broken: a caller that sends bytes
+    /// to a backend on the strength of it must keep back the end of the body, and abort when a later call fails.
     pub fn model(&self) -> Option<&str> {
         self.failure.as_ref().map_or_else(|| self.format.model(), |_| None)
     }
 
-    /// The id of the answer that this request continues (`previous_response_id`), if it has said so by now. Whoever made
-    /// that answer can continue it.
+    /// The id of the answer that this request continues (`previous_response_id`), if it has said so by now. The
+    /// backend that made that answer can continue it.
     pub fn continues(&self) -> Option<&str> {
         self.format.continues()
     }

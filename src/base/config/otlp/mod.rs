@@ -118,7 +118,7 @@ pub struct Metrics {
     pub interval: Duration,
 }
 
-/// Who takes one kind of telemetry.
+/// The collector of one kind of telemetry.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Collector {
     /// Where each request goes, its path included.

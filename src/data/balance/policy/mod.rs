@@ -234,7 +234,7 @@ impl Pool {
     /// How many times slower than the best one a candidate is taken to be.
     fn slowness<C: Candidate>(&self, candidate: &C, is_idle: bool, now: Instant) -> f64 {
         if self.pace_s == f64::INFINITY {
-            // Nobody knows anything.
+            // No member has been measured.
             return 1.0;
         }
         let mut ratio = match candidate.pace_s() {
@@ -269,7 +269,7 @@ fn in_turn<C: Candidate>(candidates: &[C], may: impl Fn(usize) -> bool, turn: &A
             None => return Some(index),
         }
     }
-    // Whoever may be chosen has changed meanwhile.
+    // The members that may be chosen have changed meanwhile.
     weights().next().map(|(index, _)| index)
 }
 

@@ -29,7 +29,7 @@ use crate::{
 /// Most bytes read at a time.
 pub const READ_BYTES: usize = 64 * 1024;
 /// Most bytes that are taken in from a client whose turn it is not: of a request sent behind the one being served, or of a
-/// body that its backend does not read yet. Past it the client has to wait, and nobody notices if it leaves.
+/// body that its backend does not read yet. Past it the client has to wait, and it is not noticed if it leaves.
 pub const AHEAD_BYTES_MAX: usize = 16 * 1024;
 /// Time for a request's head, from its first byte.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -454,7 +454,7 @@ impl<S: Transport> Client<S> {
         }
     }
 
-    /// Waits for more of what nobody wants.
+    /// Waits for more of a body that is not needed.
     ///
     /// # Errors
     /// The client has left, is silent, or has been sending for too long since it was first waited for like this.

@@ -418,7 +418,7 @@ impl RequestHead {
     }
 
     /// The client asks to go on with WebSocket on this connection (RFC 9110, 7.8; RFC 6455, 4.1), and with nothing else:
-    /// whoever is offered several protocols may choose one in which nobody looks at paths any more.
+    /// a backend that is offered several protocols may choose one in which paths are not looked at any more.
     pub fn asks_for_websocket(&self) -> bool {
         self.version == Version::Http11
             && self.framing == Framing::Empty

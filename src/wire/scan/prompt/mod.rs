@@ -19,7 +19,7 @@
 //!
 //! What is hashed are the bytes as written. Clients that write the same prompt in different ways, with other white space
 //! or escapes, do not share marks; one client does with itself. A key written with escape sequences is not recognised.
-//! Hashes are seeded, so that nobody outside can aim at the marks of others; if two prompts do fall on one hash, one of
+//! Hashes are seeded, so that no client can aim at the marks of others; if two prompts do fall on one hash, one of
 //! them goes to a replica that has to compute it anew, and nothing else happens.
 
 /// Most bytes of one part of the prompt that are hashed; what lies behind is taken to be the same. A million bytes are

@@ -161,7 +161,7 @@ impl Stencil {
 }
 
 impl fmt::Debug for Stencil {
-    /// Without the event: what an answer says is nobody's business.
+    /// Without the event, because the words of an answer must not be in any log.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Stencil").field("len_bytes", &self.event.len()).finish_non_exhaustive()
     }
