@@ -33,7 +33,30 @@ pub(crate) struct Engine {
 
 struct Running {
     accepting: JoinHandle<()>,
-    events: broadcast::Sender<String>,
+    events: Arc<Events>,
+}
+
+/// What has happened since the engine was started. Like a real engine's, a subscription begins with the events since the
+/// time that it names, so that none is lost between the list and the moment when it reaches the engine.
+struct Events {
+    past: Mutex<Vec<(i64, String)>>,
+    to_all: broadcast::Sender<String>,
+}
+
+impl Events {
+    fn push(&self, event: &Value) {
+        let mut past = self.past.lock().unwrap();
+        past.push((event["timeNano"].as_i64().unwrap(), event.to_string()));
+        // There need not be a subscriber.
+        let _ = self.to_all.send(event.to_string());
+    }
+
+    /// The events since this time, and those to come.
+    fn since(&self, nanos: i64) -> (Vec<String>, broadcast::Receiver<String>) {
+        let past = self.past.lock().unwrap();
+        let replayed = past.iter().filter(|(time, _)| *time >= nanos).map(|(_, event)| event.clone()).collect();
+        (replayed, self.to_all.subscribe())
+    }
 }
 
 // === impl Engine ===
@@ -58,13 +81,13 @@ impl Engine {
     pub(crate) fn start(&mut self) {
         let _ = fs::remove_file(&self.path);
         let listener = UnixListener::bind(&self.path).unwrap();
-        let (events, _) = broadcast::channel(EVENTS_MAX);
-        let (containers, to_all) = (self.containers.clone(), events.clone());
+        let events = Arc::new(Events { past: Mutex::default(), to_all: broadcast::channel(EVENTS_MAX).0 });
+        let (containers, told) = (self.containers.clone(), events.clone());
         let accepting = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             loop {
                 let (connection, _) = listener.accept().await.unwrap();
-                connections.spawn(serve(connection, containers.clone(), to_all.subscribe()));
+                connections.spawn(serve(connection, containers.clone(), told.clone()));
             }
         });
         self.running = Some(Running { accepting, events });
@@ -102,8 +125,9 @@ impl Engine {
     }
 
     fn send(&self, event: &Value) {
-        // An engine that nobody listens to has nothing to send.
-        let _ = self.running.as_ref().map(|running| running.events.send(event.to_string()));
+        if let Some(running) = &self.running {
+            running.events.push(event);
+        }
     }
 }
 
@@ -138,11 +162,7 @@ pub(crate) fn container_of(upstream: &Upstream) -> Value {
     })
 }
 
-async fn serve(
-    mut connection: UnixStream,
-    containers: Arc<Mutex<BTreeMap<String, Value>>>,
-    mut events: broadcast::Receiver<String>,
-) {
+async fn serve(mut connection: UnixStream, containers: Arc<Mutex<BTreeMap<String, Value>>>, events: Arc<Events>) {
     loop {
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
@@ -159,8 +179,16 @@ async fn serve(
         if path == "/events" {
             let begin = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
             let mut sent = connection.write_all(begin).await;
+            let (replayed, mut to_come) = events.since(since(target));
+            let mut replayed = replayed.into_iter();
             while sent.is_ok() {
-                let Ok(event) = events.recv().await else { return };
+                let event = match replayed.next() {
+                    Some(event) => event,
+                    None => match to_come.recv().await {
+                        Ok(event) => event,
+                        Err(_) => return,
+                    },
+                };
                 sent = connection.write_all(format!("{:x}\r\n{event}\n\r\n", event.len() + 1).as_bytes()).await;
             }
             return;
@@ -173,6 +201,13 @@ async fn serve(
             return;
         }
     }
+}
+
+/// `since=SECONDS.NANOSECONDS` of a subscription, in nanoseconds; now if it names none.
+fn since(target: &str) -> i64 {
+    let value = target.split(['?', '&']).find_map(|pair| pair.strip_prefix("since="));
+    let Some((seconds, nanos)) = value.and_then(|value| value.split_once('.')) else { return now_nanos() };
+    seconds.parse::<i64>().unwrap() * 1_000_000_000 + nanos.parse::<i64>().unwrap()
 }
 
 fn answer(path: &str, containers: &BTreeMap<String, Value>) -> (&'static str, String) {
