@@ -28,21 +28,20 @@ use serde_json::Value;
 use tokio::{
     net::{TcpStream, UnixStream},
     sync::mpsc,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     answers::{self, Line, Lines, Listed},
     event::{self, Message, Notice},
+    host,
     inspect::Inspected,
     paths::{Call, Paths},
 };
 use crate::{base::config::DockerEndpoint, control::discovery::DiscoveryError};
 
 const LOCAL_SOCKET: &str = "unix:///var/run/docker.sock";
-/// The port of a host that names none, as Docker's own client has it.
-const DEFAULT_PORT: u16 = 2375;
 /// Time for one answer of the engine. `inspect` waits for the container's lock: seconds, with GPU hooks.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for the head of the event stream: some versions of Podman hold it back until the first event. The list, which is
@@ -55,6 +54,9 @@ const EVENTS_MAX: usize = 1024;
 /// How much of the body of an error is read, and for how long: enough for an engine's own words.
 const ERROR_BYTES_MAX: usize = 64 << 10;
 const ERROR_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often an engine that answers with a failure is asked before that is told, and the longest wait between.
+const ASKED_MAX: usize = 3;
+const ASK_AGAIN_MS: u64 = 150;
 /// An event stream that is not refused within this time is taken.
 const REFUSED_WITHIN: Duration = Duration::from_secs(1);
 /// What stands for itself in a path or a query.
@@ -132,13 +134,13 @@ impl Engine {
             let pem = |name: &str| certs.join(name);
             Docker::connect_with_ssl(host, &pem("key.pem"), &pem("cert.pem"), &pem("ca.pem"), seconds, api)
         } else {
-            let authority = host.split_once("://").map_or(host, |(_, rest)| rest);
-            let authority = authority.split('/').next().unwrap_or_default();
-            transport(Place::Tcp(authority.into()))
+            let (name, port) = host::machine(host).unwrap_or_default();
+            transport(Place::Tcp(name.into(), port))
         };
+        let shown = host::shown(host);
         match client {
-            Ok(client) => Ok(Engine { client, host: host.into(), paths, seen: known }),
-            Err(error) => Err(explain("cannot reach the Docker Engine", host, &Trouble::Client(error))),
+            Ok(client) => Ok(Engine { client, host: shown.into(), paths, seen: known }),
+            Err(error) => Err(explain("cannot reach the Docker Engine", &shown, &Trouble::Client(error))),
         }
     }
 
@@ -186,7 +188,23 @@ impl Engine {
 
     /// Asks, and finds out which API version has to stand before the path, if the engine or the proxy before it refuses
     /// it: the one that works is kept.
+    ///
+    /// One failure of an engine that works is not made much of: it is asked again at once.
     async fn ask(&self, call: Call, path: &str) -> Result<Value, Trouble> {
+        let mut asked = 1;
+        loop {
+            match self.ask_once(call, path).await {
+                // What is asked at the same time is not to come in step.
+                Err(Trouble::Status(500.., _)) if asked < ASKED_MAX => {
+                    sleep(Duration::from_millis(fastrand::u64(ASK_AGAIN_MS / 3..=ASK_AGAIN_MS))).await;
+                }
+                answer => return answer,
+            }
+            asked += 1;
+        }
+    }
+
+    async fn ask_once(&self, call: Call, path: &str) -> Result<Value, Trouble> {
         let prefix = self.paths.prefix(call);
         let refused = match self.get_json(format!("{prefix}{path}")).await {
             Err(trouble) if trouble.is_refusal() => trouble,
@@ -341,15 +359,16 @@ async fn read_events(
 #[derive(Debug, Clone)]
 enum Place {
     Socket(Arc<str>),
-    /// Host and perhaps port.
-    Tcp(Arc<str>),
+    /// Name or address, and port.
+    Tcp(Arc<str>, u16),
 }
 
 impl Place {
     fn authority(&self) -> Arc<str> {
         match self {
             Place::Socket(_) => "localhost".into(),
-            Place::Tcp(authority) => authority.clone(),
+            Place::Tcp(name, port) if name.contains(':') => format!("[{name}]:{port}").into(),
+            Place::Tcp(name, port) => format!("{name}:{port}").into(),
         }
     }
 }
@@ -358,14 +377,7 @@ impl Place {
 async fn send(place: Place, known: Arc<Known>, request: BollardRequest) -> Result<http::Response<Incoming>, Error> {
     let response = match &place {
         Place::Socket(path) => exchange(UnixStream::connect(&**path).await?, &place, request).await?,
-        Place::Tcp(authority) => {
-            let has_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-            let stream = match has_port {
-                true => TcpStream::connect(&**authority).await?,
-                false => TcpStream::connect((authority.trim_matches(['[', ']']), DEFAULT_PORT)).await?,
-            };
-            exchange(stream, &place, request).await?
-        }
+        Place::Tcp(name, port) => exchange(TcpStream::connect((&**name, *port)).await?, &place, request).await?,
     };
     if response.headers().contains_key("libpod-api-version") {
         known.is_podman.store(true, Ordering::Relaxed);

@@ -29,7 +29,7 @@ pub(super) struct Notice {
 }
 
 /// What an event says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
     /// Something about it changed: look.
     Changed,
@@ -157,8 +157,8 @@ impl Seen {
     /// Whether this is the first time; remembers it. `now_nanos` is the time of this machine.
     pub(super) fn is_new(&mut self, notice: &Notice, now_nanos: i64) -> bool {
         self.pass(notice.time_nanos, now_nanos);
-        let kind = std::mem::discriminant(&notice.kind);
-        let key = self.hasher.hash_one((&notice.id, notice.time_nanos, kind));
+        // Some engines tell time in seconds: then much may happen at once.
+        let key = self.hasher.hash_one((&notice.id, notice.time_nanos, notice.action, &notice.kind));
         if !self.keys.insert(key) {
             return false;
         }

@@ -8,7 +8,7 @@ use std::{io, net::IpAddr, time::Duration};
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Engine,
+    Engine, host,
     inspect::{Context, Inspected},
     place::{self, Standing},
 };
@@ -168,7 +168,7 @@ fn on_link(context: &Context) -> Result<Vec<(IpAddr, u8)>, String> {
 /// The addresses of the engine's machine, if that is another one than this. `is_nameless`: this process may be in a
 /// container of the engine that it does not know.
 async fn elsewhere(host: &str, is_nameless: bool) -> Result<Option<Vec<IpAddr>>, String> {
-    let Some(name) = host_name(host) else { return Ok(None) };
+    let Some((name, _)) = host::machine(host) else { return Ok(None) };
     let addresses: Vec<IpAddr> = match name.parse() {
         Ok(ip) => vec![ip],
         Err(_) => match timeout(RESOLVE_TIMEOUT, tokio::net::lookup_host((name, 0))).await {
@@ -191,41 +191,9 @@ async fn elsewhere(host: &str, is_nameless: bool) -> Result<Option<Vec<IpAddr>>,
     Ok(Some(engine))
 }
 
-/// The name or address in a `DOCKER_HOST`; `None` for a socket, or for none, which is this machine.
-fn host_name(host: &str) -> Option<&str> {
-    let (scheme, rest) = host.split_once("://").unwrap_or(("tcp", host));
-    if !matches!(scheme, "tcp" | "http" | "https") {
-        return None;
-    }
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    let authority = authority.rsplit_once('@').map_or(authority, |(_, authority)| authority);
-    let name = match authority.strip_prefix('[') {
-        Some(rest) => rest.split(']').next().unwrap_or_default(),
-        None if authority.parse::<IpAddr>().is_ok() => authority,
-        None => authority.split(':').next().unwrap_or_default(),
-    };
-    (!name.is_empty()).then_some(name)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hosts_of_engines() {
-        for (host, name) in [
-            ("unix:///var/run/docker.sock", None),
-            ("tcp://203.0.113.5:2375", Some("203.0.113.5")),
-            ("tcp://203.0.113.5", Some("203.0.113.5")),
-            ("http://docker.example:2375/", Some("docker.example")),
-            ("https://docker.example", Some("docker.example")),
-            ("tcp://[2001:db8::5]:2376", Some("2001:db8::5")),
-            ("tcp://2001:db8::5", Some("2001:db8::5")),
-            ("tcp://:2375", None),
-        ] {
-            assert_eq!(host_name(host), name, "{host}");
-        }
-    }
 
     #[tokio::test]
     async fn an_engine_is_elsewhere_unless_its_address_is_here() {

@@ -17,11 +17,14 @@
 mod answers;
 mod engine;
 mod event;
+mod host;
 mod inspect;
 mod locate;
+mod looks;
 mod notes;
 mod paths;
 mod place;
+mod stream;
 mod track;
 
 use std::{
@@ -39,23 +42,24 @@ use futures::{
 use time::OffsetDateTime;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until},
 };
 use tokio_util::sync::DropGuard;
 
 use self::{
     answers::{Listed, Summary},
     engine::{Engine, Heard},
-    event::{Kind, Notice, Seen},
-    inspect::{Context, Inspected, Shared},
+    event::Seen,
+    inspect::{Context, Inspected},
     locate::locate,
     paths::Paths,
     place::Standing,
-    track::{Look, Signalled, Track, is_before},
+    track::Track,
 };
-use super::{Change, Discovery, DiscoveryError, Looks, Note, Phase, network::Vantage};
+use super::{Change, Discovery, DiscoveryError, Looks, Note, network::Vantage};
 use crate::{
     base::config::DockerEndpoint,
+    control::labels,
     telemetry::metrics::{Metrics, PerWord},
 };
 
@@ -171,6 +175,8 @@ struct Watcher {
     /// When it counts as silent, because the list knows what it has not told.
     doubt_at: Option<Instant>,
     is_silent: bool,
+    /// Why streams end as soon as they are begun, if they do.
+    stream_trouble: Option<DiscoveryError>,
     notes: Vec<Note>,
     seen: Seen,
     heard: Option<(mpsc::Receiver<Heard>, DropGuard)>,
@@ -226,6 +232,7 @@ impl Watcher {
             stream_spoke: false,
             doubt_at: None,
             is_silent: false,
+            stream_trouble: None,
             notes: Vec::new(),
             seen: Seen::default(),
             heard: None,
@@ -294,26 +301,6 @@ impl Watcher {
         }
     }
 
-    fn on_heard(&mut self, heard: Option<Heard>) {
-        if matches!(heard, Some(Heard::Notice(_) | Heard::Unreadable(_) | Heard::Other | Heard::Overflow)) {
-            self.stream_spoke = true;
-            self.doubt_at = None;
-            self.is_silent = false;
-        }
-        match heard {
-            Some(Heard::Notice(notice)) => self.on_notice(notice),
-            Some(Heard::Unreadable(time_nanos)) => self.on_unreadable(time_nanos),
-            Some(Heard::Other) => {}
-            Some(Heard::Overflow) => self.on_overflow(),
-            Some(Heard::Over(error)) => self.on_stream_over(error),
-            // Its reader has ended without a word.
-            None => {
-                let what = "the reader of the event stream has ended".to_owned();
-                self.on_stream_over(DiscoveryError { what, advice: "it is begun again".to_owned() });
-            }
-        }
-    }
-
     /// Connects if need be, subscribes if need be, and asks for the list.
     fn begin_list(&mut self) {
         let is_new = self.engine.is_none();
@@ -378,300 +365,6 @@ impl Watcher {
         self.out.push_back(Err(error));
     }
 
-    /// `since` for a subscription, as the engine reads it: seconds, a dot, nanoseconds.
-    fn since(&self) -> String {
-        let (newest, back) = match self.seen.newest_nanos {
-            Some(newest) => (newest, OVERLAP),
-            None => ((self.settings.clock)(), LOOK_BACK),
-        };
-        let nanos = (i128::from(newest) - i128::try_from(back.as_nanos()).unwrap_or(0)).max(0);
-        format!("{}.{:09}", nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000))
-    }
-
-    fn subscribe(&mut self, engine: &Engine) {
-        self.subscribed_at = Instant::now();
-        self.subscribed_nanos = (self.settings.clock)();
-        self.stream_spoke = false;
-        self.heard = Some(engine.subscribe(&self.since()));
-    }
-
-    /// Streams end: socket proxies cut them every few minutes, engines restart. Begin again at once; one that never lasts
-    /// is begun again at growing intervals, with a list each time, so that discovery goes on without events.
-    fn on_stream_over(&mut self, error: DiscoveryError) {
-        tracing::debug!(%error, "event stream is over, subscribing again");
-        self.heard = None;
-        if self.subscribed_at.elapsed() >= RECONNECT_MAX {
-            self.stream_retry = RECONNECT_MIN;
-            self.list_at = Instant::now();
-            return;
-        }
-        self.list_at = Instant::now() + self.stream_retry;
-        self.stream_retry = (self.stream_retry * 2).min(RECONNECT_MAX);
-        if self.stream_retry >= RECONNECT_MAX {
-            self.out.push_back(Err(error));
-        }
-    }
-
-    /// Events were lost here. The list tells most of what they said, but no stop notice: the engine is asked again for
-    /// those.
-    fn on_overflow(&mut self) {
-        self.list_at = Instant::now();
-        if let Some(engine) = self.engine.clone() {
-            self.subscribe(&engine);
-        }
-    }
-
-    /// An event cannot be read: it is skipped, and the list tells what it said.
-    fn on_unreadable(&mut self, time_nanos: Option<i64>) {
-        if let Some(time_nanos) = time_nanos {
-            self.seen.pass(time_nanos, (self.settings.clock)());
-        }
-        if let Some(events) = self.settings.metrics.as_ref().and_then(|metrics| metrics.discovery.events.get()) {
-            events.increment(event::UNREADABLE);
-        }
-        if !self.told_unreadable {
-            self.told_unreadable = true;
-            tracing::warn!("an event of the engine cannot be read and is skipped; more of them are only counted");
-        }
-        self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
-    }
-
-    fn on_notice(&mut self, notice: Notice) {
-        let now_nanos = (self.settings.clock)();
-        if !self.seen.is_new(&notice, now_nanos) {
-            return;
-        }
-        self.count(&notice);
-        let Notice { id, mut kind, time_nanos, labelled, action } = notice;
-        let is_replay = time_nanos < self.subscribed_nanos && self.subscribed_at.elapsed() < REPLAYED_WITHIN;
-        // What happened before this process began may be long over, and no look could tell: a pause, for one. Only a stop
-        // notice still counts, because no look shows it.
-        if is_replay && time_nanos < self.began_nanos && !matches!(kind, Kind::Signalled(_) | Kind::Ended) {
-            kind = Kind::Changed;
-        }
-        if self.context.self_id.as_deref() == Some(id.as_str()) {
-            // Our own networks may have changed, and with them every address.
-            self.list_at = Instant::now();
-        }
-        self.look_at_dependents(&id);
-        if !self.tracks.contains_key(&id) {
-            if !labelled {
-                return;
-            }
-            if self.tracks.len() >= CONTAINERS_MAX {
-                // The list tells how many are too many.
-                self.list_at = self.list_at.min(Instant::now() + RECONNECT_MAX);
-                return;
-            }
-            self.tracks.insert(id.clone(), Track::default());
-        }
-        let Some(track) = self.tracks.get_mut(&id) else { return };
-        if is_replay && track.seen.as_ref().is_some_and(|seen| is_before(time_nanos, seen, now_nanos)) {
-            return; // about an earlier run
-        }
-        if matches!(action, "start" | "restart") {
-            track.signalled = None;
-        }
-        track.heard += 1;
-        track.is_unlisted = false;
-        let endpoint_id = || id.as_str().into();
-        match kind {
-            Kind::Changed => {}
-            Kind::Signalled(signal) => {
-                track.signalled = Some(Signalled { signal, time_nanos, is_replay });
-                if let Some(stopping) = track.stop_notice(now_nanos) {
-                    self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
-                    return; // nothing to see: a stop in progress is invisible
-                }
-            }
-            Kind::Ended => {
-                track.signalled = None;
-                if track.endpoint.take().is_some() {
-                    self.out.push_back(Ok(Change::Ended(endpoint_id())));
-                }
-            }
-            Kind::Paused => self.out.push_back(Ok(Change::Suspended(endpoint_id()))),
-            Kind::OutOfMemory => self.out.push_back(Ok(Change::OutOfMemory(endpoint_id()))),
-            Kind::Disconnected(network) => {
-                if track.needs(&network) {
-                    self.out.push_back(Ok(Change::Detached(endpoint_id())));
-                }
-            }
-        }
-        self.look_at(&id);
-    }
-
-    fn count(&self, notice: &Notice) {
-        let Some(metrics) = &self.settings.metrics else { return };
-        if let Some(events) = metrics.discovery.events.get() {
-            events.increment(notice.action);
-        }
-        // What was asked for again from before this process began says nothing of how late events come.
-        if notice.time_nanos >= self.began_nanos {
-            let lag = (self.settings.clock)().saturating_sub(notice.time_nanos);
-            // A remote engine's clock may be ahead, or hours behind.
-            let lag = Duration::from_nanos(u64::try_from(lag).unwrap_or(0));
-            metrics.discovery.event_lag.observe(lag.min(LAG_MAX));
-        }
-    }
-
-    /// Containers that run in the network namespace of `owner` change with it.
-    fn look_at_dependents(&mut self, owner: &str) {
-        let depends = |track: &Track| track.seen.as_ref().and_then(Inspected::network_owner) == Some(owner);
-        let dependents: Vec<String> =
-            self.tracks.iter().filter(|(_, track)| depends(track)).map(|(id, _)| id.clone()).collect();
-        for id in dependents {
-            if let Some(track) = self.tracks.get_mut(&id) {
-                // A look that is under way may have seen the owner as it was.
-                track.heard += 1;
-            }
-            self.look_at(&id);
-        }
-    }
-
-    fn look_at(&mut self, id: &str) {
-        let Some(track) = self.tracks.get_mut(id) else { return };
-        if track.look == Look::Idle {
-            track.look = Look::Queued;
-            self.to_look.push_back(id.to_owned());
-        }
-    }
-
-    fn start_looks(&mut self) {
-        let Some(engine) = self.engine.as_ref().filter(|_| self.context.is_placed) else { return };
-        while self.looking.len() < LOOKS_MAX
-            && let Some(id) = self.to_look.pop_front()
-        {
-            let Some(track) = self.tracks.get_mut(&id) else {
-                continue;
-            };
-            track.look = Look::UnderWay;
-            self.looks_begun += 1;
-            let serial = self.looks_begun;
-            self.looking.insert(serial);
-            let shared = track.seen.as_ref().and_then(|seen| seen.shared.clone());
-            let now_nanos = (self.settings.clock)();
-            self.work.push(look(engine.clone(), id.clone(), (track.heard, serial), shared, now_nanos).boxed());
-            self.work.push(
-                async move {
-                    sleep(LOOK_PATIENCE).await;
-                    Finished::Aside { id, serial }
-                }
-                .boxed(),
-            );
-        }
-    }
-
-    /// A look that takes long gives its place to others, and the whole truth does not wait for it.
-    fn on_aside(&mut self, id: &str, serial: u64) {
-        if self.aside < ASIDE_MAX && self.looking.remove(&serial) {
-            self.aside += 1;
-            self.settle(id);
-        }
-    }
-
-    fn on_looked(&mut self, id: String, heard: u64, serial: u64, outcome: Result<Option<Inspected>, String>) {
-        if !self.looking.remove(&serial) {
-            self.aside -= 1;
-        }
-        let Some(track) = self.tracks.get_mut(&id) else {
-            return self.settle(&id);
-        };
-        track.look = Look::Idle;
-        if track.heard != heard {
-            return self.look_at(&id); // overtaken by an event
-        }
-        match outcome {
-            Err(error) => self.on_unseen(&id, error),
-            Ok(None) => {
-                if self.tracks.remove(&id).is_some_and(|track| track.endpoint.is_some()) {
-                    self.out.push_back(Ok(Change::Ended(id.as_str().into())));
-                }
-            }
-            Ok(Some(seen)) => self.on_seen(&id, seen),
-        }
-        self.settle(&id);
-    }
-
-    /// A look has brought nothing. That proves nothing: what is known stays, and what is not known is what the list says. The
-    /// next list looks again. Only what the list lacks as well is gone.
-    fn on_unseen(&mut self, id: &str, error: String) {
-        let Some(track) = self.tracks.get_mut(id) else { return };
-        if track.is_unlisted {
-            if self.tracks.remove(id).is_some_and(|track| track.endpoint.is_some()) {
-                self.out.push_back(Ok(Change::Ended(id.into())));
-            }
-            return;
-        }
-        if track.trouble.as_ref() != Some(&error) {
-            tracing::warn!(container = %track.name(id), %error, "cannot inspect the container");
-        }
-        if track.endpoint.is_none() || track.is_unreadable {
-            match &track.summary {
-                Some(summary) => {
-                    if let Some(endpoint) = inspect::unreadable(summary, &error) {
-                        track.is_unreadable = true;
-                        track.endpoint = Some(endpoint.clone());
-                        self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
-                    }
-                }
-                // An event has told of it, and the list tells its name.
-                None => self.list_at = self.list_at.min(Instant::now() + RECONNECT_MIN),
-            }
-        }
-        if let Some(track) = self.tracks.get_mut(id) {
-            track.trouble = Some(error);
-            let after = track.look_again.map_or(LOOK_AGAIN, |after| (after * 2).min(RESYNC));
-            track.look_again = Some(after);
-            // With each list it is looked at in any case.
-            if after < RESYNC {
-                let id = id.to_owned();
-                self.work.push(
-                    async move {
-                        sleep(after).await;
-                        Finished::Again { id }
-                    }
-                    .boxed(),
-                );
-            }
-        }
-    }
-
-    fn on_seen(&mut self, id: &str, mut seen: Inspected) {
-        let Some(track) = self.tracks.get_mut(id) else { return };
-        seen.complete(track.seen.as_ref(), track.summary.as_ref());
-        (track.trouble, track.look_again) = (None, None);
-        (track.is_unreadable, track.is_unlisted) = (false, false);
-        let exists = seen.phase != Phase::Stopped;
-        if let Vantage::Host { on_link } | Vantage::Inside { on_link, .. } = &mut self.context.vantage
-            && let Ok(prefixes) = place::on_link_prefixes()
-        {
-            // A network that has just been made is a new interface of this host.
-            *on_link = prefixes;
-        }
-        let endpoint = seen.endpoint(&self.context);
-        track.seen = Some(seen);
-        let Some(endpoint) = endpoint.filter(|_| exists) else {
-            let was_there = track.endpoint.take().is_some();
-            if !exists {
-                // It comes back by an event or by the list; until then it takes no room.
-                self.tracks.remove(id);
-            }
-            if was_there {
-                self.out.push_back(Ok(Change::Ended(id.into())));
-            }
-            return;
-        };
-        track.endpoint = Some(endpoint.clone());
-        self.out.push_back(Ok(Change::Upsert(Box::new(endpoint))));
-        if track.seen.as_ref().is_some_and(|seen| seen.is_stopping) {
-            track.signalled = None;
-            self.out.push_back(Ok(Change::Stopping(id.into())));
-        } else if let Some(stopping) = track.stop_notice((self.settings.clock)()) {
-            self.out.push_back(Ok(Change::Stopping(stopping.as_str().into())));
-        }
-    }
-
     fn on_listed(&mut self, listed: Result<(Listed, Context), DiscoveryError>) {
         self.listing = false;
         let (listed, context) = match listed {
@@ -679,13 +372,20 @@ impl Watcher {
             Err(error) => return self.fail(error),
         };
         self.take_place(context);
+        if self.heard.is_some() && self.subscribed_at.elapsed() >= RECONNECT_MAX {
+            self.stream_trouble = None;
+        }
         let (mut summaries, is_whole) = (listed.containers, listed.unreadable == 0);
         summaries.sort_by(|a, b| a.id.cmp(&b.id));
         summaries.dedup_by(|a, b| a.id == b.id);
         let all: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
         let gone: Vec<String> = self.tracks.keys().filter(|id| !all.contains(*id)).cloned().collect();
-        // Those that are followed already stay so; of the others as many as there is room for.
-        summaries.sort_by_key(|summary| !self.tracks.contains_key(&summary.id));
+        // Those that are followed already stay so; of the others as many as there is room for, and last those that do not
+        // ask for it: not every proxy before an engine passes the filter on.
+        summaries.sort_by_key(|summary| {
+            let is_foreign = !summary.labels.is_empty() && !summary.labels.contains_key(labels::ENABLE);
+            (is_foreign, !self.tracks.contains_key(&summary.id))
+        });
         self.left_out = summaries.len().saturating_sub(CONTAINERS_MAX);
         summaries.truncate(CONTAINERS_MAX);
         let listed: HashSet<String> = summaries.iter().map(|summary| summary.id.clone()).collect();
@@ -694,7 +394,7 @@ impl Watcher {
         if self.synced_once && (lost || found) && self.heard.is_some() {
             // The list knows what no event has told. (An event may still be on its way; asking anew costs little.)
             tracing::debug!("the list differs from what events told, subscribing again");
-            if !self.stream_spoke && !self.is_silent {
+            if !self.stream_spoke && !self.is_silent && self.stream_trouble.is_none() {
                 self.doubt_at.get_or_insert(Instant::now() + STREAM_PATIENCE);
             }
             if let Some(engine) = self.engine.clone() {
@@ -757,29 +457,6 @@ async fn list(
     let listed = engine.list().await?;
     let context = locate(&engine, context, place, now_nanos).await?;
     Ok((listed, context))
-}
-
-async fn look(
-    engine: Engine,
-    id: String,
-    (heard, serial): (u64, u64),
-    shared: Option<Shared>,
-    now_nanos: i64,
-) -> Finished {
-    let outcome = async {
-        let Some(mut seen) = engine.inspect(&id).await? else {
-            return Ok(None);
-        };
-        // Whatever it calls itself.
-        seen.id.clone_from(&id);
-        if let Some(owner) = seen.network_owner().map(str::to_owned) {
-            let owner = engine.inspect(&owner).await?;
-            seen.share_network_of(owner.as_ref(), shared.as_ref(), now_nanos);
-        }
-        Ok(Some(seen))
-    };
-    let outcome = outcome.await;
-    Finished::Looked { id, heard, serial, outcome }
 }
 
 #[cfg(test)]

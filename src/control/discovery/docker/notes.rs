@@ -3,7 +3,7 @@
 use super::{CONTAINERS_MAX, Watcher, track::Track};
 use crate::{
     base::foreign::few,
-    control::discovery::{Change, Note},
+    control::discovery::{Change, DiscoveryError, Note},
 };
 
 impl Watcher {
@@ -38,6 +38,9 @@ impl Watcher {
                 format!("the event stream of {host} stays silent: changes are found by listing every 5 s or so"),
                 "see whether a proxy before the engine holds GET /events back or buffers it",
             );
+        }
+        if let Some(DiscoveryError { what, advice }) = &self.stream_trouble {
+            note(format!("{what}: changes are found by listing every 5 s or so"), advice);
         }
         let unseen = |track: &&Track| track.trouble.is_some() && track.endpoint.is_some() && !track.is_unreadable;
         let mut names: Vec<&str> =

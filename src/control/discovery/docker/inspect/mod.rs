@@ -31,6 +31,7 @@ const FULL_ID: usize = 64;
 /// Docker's grace between the stop signal and SIGKILL, unless the container or the call says otherwise.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 const SIGTERM: u8 = 15;
+const COMPOSE_PROJECT: &str = "com.docker.compose.project";
 
 /// One look at a container.
 #[derive(Debug, Clone)]
@@ -51,6 +52,19 @@ pub(super) struct Inspected {
     network_owner: Option<String>,
     pub(super) shared: Option<Shared>,
     exposed_tcp: Vec<u16>,
+    unread: Unread,
+}
+
+/// What of an answer could not be read. A field of another type is no verdict: in the same run, what was known stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Unread {
+    config: bool,
+    exposed: bool,
+    mode: bool,
+    networks: bool,
+    /// Networks whose address could not be read.
+    addresses: Vec<String>,
+    published: bool,
 }
 
 /// Which run of a container was found beside which run of the owner of its network, and whether the one is in the network
@@ -110,6 +124,19 @@ impl Inspected {
             NetworkMode::Networks | NetworkMode::Host | NetworkMode::None => None,
         };
         let fields = |value: &'_ Value| value.as_object().cloned().unwrap_or_default();
+        let unread = Unread {
+            // No container is without an image.
+            config: text(&config["Image"]).is_none(),
+            exposed: !matches!(config["ExposedPorts"], Value::Object(_) | Value::Null),
+            mode: !answer["HostConfig"]["NetworkMode"].is_string(),
+            networks: !settings["Networks"].is_object(),
+            addresses: fields(&settings["Networks"])
+                .into_iter()
+                .filter(has_unread_address)
+                .map(|(name, _)| name)
+                .collect(),
+            published: !settings["Ports"].is_object(),
+        };
         let attachments = fields(&settings["Networks"]).into_iter().map(attachment).collect();
         let published = fields(&settings["Ports"]).iter().flat_map(published).collect();
         let exposed_tcp = fields(&config["ExposedPorts"]).keys().filter_map(|port| tcp_port(port)).collect();
@@ -126,23 +153,22 @@ impl Inspected {
             health_check: health_check(&config["Healthcheck"], &state["Health"]),
             stop_signal: text(&config["StopSignal"]).and_then(parse_signal).unwrap_or(SIGTERM),
             stop_grace: number(&config["StopTimeout"]).map_or(STOP_GRACE, foreign::seconds),
-            wiring: Wiring {
-                mode,
-                attachments,
-                published,
-                compose_project: labels.get("com.docker.compose.project").cloned(),
-            },
+            wiring: Wiring { mode, attachments, published, compose_project: labels.get(COMPOSE_PROJECT).cloned() },
             network_owner,
             shared: None,
             exposed_tcp,
+            unread,
             labels,
         })
     }
 
     /// Fills what could not be read from the last look at the same container, and from what the list says of it.
     pub(super) fn complete(&mut self, before: Option<&Inspected>, summary: Option<&Summary>) {
-        if self.started_nanos == 0 {
-            self.started_nanos = before.map_or(0, |before| before.started_nanos);
+        if let Some(before) = before {
+            self.complete_run(before);
+            if self.started_nanos == before.started_nanos {
+                self.complete_wiring(before);
+            }
         }
         if self.name.is_empty() {
             let known = before.map(|before| before.name.clone()).or_else(|| Some(summary?.name.clone()));
@@ -151,10 +177,48 @@ impl Inspected {
         if self.image.is_empty() {
             self.image = summary.map(|summary| summary.image.clone()).unwrap_or_default();
         }
-        if self.labels.is_empty() {
-            // A container that is in the list carries labels, because the list was asked for those that do.
-            let known = before.map(|before| &before.labels).or_else(|| summary.map(|summary| &summary.labels));
-            self.labels = known.cloned().unwrap_or_default();
+        // A container keeps its labels for life; one that is in the list carries some, because the list was asked for those
+        // that do.
+        let known = before.map(|before| &before.labels).or_else(|| summary.map(|summary| &summary.labels));
+        for (name, value) in known.into_iter().flatten() {
+            self.labels.entry(name.clone()).or_insert_with(|| value.clone());
+        }
+        self.wiring.compose_project = self.labels.get(COMPOSE_PROJECT).cloned();
+    }
+
+    /// A start that is told as no time is no other one than that which is known.
+    fn complete_run(&mut self, before: &Inspected) {
+        let is_no_time = self.started_nanos < 0 && before.started_nanos > 0;
+        if self.started_nanos == Incarnation::UNKNOWN.0 || is_no_time {
+            self.started_nanos = before.started_nanos;
+        }
+    }
+
+    /// What could not be read is as it was; `before` is a look at the same run.
+    fn complete_wiring(&mut self, before: &Inspected) {
+        if self.unread.config {
+            (self.stop_signal, self.stop_grace) = (before.stop_signal, before.stop_grace);
+        }
+        if self.unread.config || self.unread.exposed {
+            self.exposed_tcp.clone_from(&before.exposed_tcp);
+        }
+        if self.unread.mode {
+            self.wiring.mode = before.wiring.mode.clone();
+            self.network_owner.clone_from(&before.network_owner);
+            self.shared.clone_from(&before.shared);
+        }
+        let is_anothers = self.unread.mode && before.network_owner.is_some();
+        if self.unread.networks || is_anothers {
+            self.wiring.attachments.clone_from(&before.wiring.attachments);
+        }
+        for attachment in &mut self.wiring.attachments {
+            let known = before.wiring.attachments.iter().find(|known| known.name == attachment.name);
+            if let Some(known) = known.filter(|_| self.unread.addresses.contains(&attachment.name)) {
+                (attachment.ipv4, attachment.ipv6) = (known.ipv4, known.ipv6);
+            }
+        }
+        if self.unread.published || is_anothers {
+            self.wiring.published.clone_from(&before.wiring.published);
         }
     }
 
@@ -188,6 +252,9 @@ impl Inspected {
             self.wiring.mode = owner.wiring.mode.clone();
             self.wiring.attachments.clone_from(&owner.wiring.attachments);
             self.wiring.published.clone_from(&owner.wiring.published);
+            self.unread.networks = owner.unread.networks;
+            self.unread.addresses.clone_from(&owner.unread.addresses);
+            self.unread.published = owner.unread.published;
         }
     }
 
@@ -202,7 +269,7 @@ impl Inspected {
     /// Project and name of its Compose service.
     fn compose_service(&self) -> Option<(&str, &str)> {
         let label = |name| self.labels.get(name).map(String::as_str);
-        label("com.docker.compose.project").zip(label("com.docker.compose.service"))
+        label(COMPOSE_PROJECT).zip(label("com.docker.compose.service"))
     }
 
     /// Its Compose service, if it has one; else its name.
@@ -329,6 +396,7 @@ pub(super) fn unreadable(summary: &Summary, why: &str) -> Option<Endpoint> {
         network_owner: None,
         shared: None,
         exposed_tcp: Vec::new(),
+        unread: Unread::default(),
     };
     let nowhere = Context {
         vantage: Vantage::Host { on_link: Vec::new() },
@@ -368,6 +436,16 @@ fn phase(state: &Value) -> (Phase, bool) {
         _ if is_set("Dead") || number(&state["Pid"]) == Some(0) => (Phase::Stopped, false),
         _ => (Phase::Running, false),
     }
+}
+
+/// Whether an address is neither there nor missing.
+fn has_unread_address((_, settings): &(String, Value)) -> bool {
+    let is_unread = |field: &str| match &settings[field] {
+        Value::String(ip) => !ip.is_empty() && ip.parse::<IpAddr>().is_err(),
+        Value::Null => false,
+        _ => true,
+    };
+    !settings.is_object() || is_unread("IPAddress") || is_unread("GlobalIPv6Address")
 }
 
 fn attachment((name, settings): (String, Value)) -> Attachment {
@@ -471,381 +549,4 @@ fn nanos(text: &str) -> Option<i64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn inspected(change: impl FnOnce(&mut serde_json::Value)) -> Inspected {
-        let mut json = serde_json::json!({
-            "Id": "c1", "Name": "/vllm", "Image": "sha256:0",
-            "State": { "Status": "running", "Running": true, "StartedAt": "2026-01-01T00:00:01.000000005Z",
-                       "Health": { "Status": "healthy" } },
-            "Config": { "Image": "vllm/vllm-openai", "Env": ["HF_TOKEN=secret"], "ExposedPorts": { "8000/tcp": {}, "53/udp": {} },
-                        "Labels": { "inference.enable": "true", "com.docker.compose.project": "app" } },
-            "HostConfig": { "NetworkMode": "app_default" },
-            "NetworkSettings": { "Ports": { "8000/tcp": [{ "HostIp": "0.0.0.0", "HostPort": "32768" }] },
-                "Networks": { "app_default": { "NetworkID": "n1", "IPAddress": "172.18.0.2", "Gateway": "172.18.0.1" } } },
-        });
-        change(&mut json);
-        Inspected::read("c1", &json).unwrap()
-    }
-
-    #[test]
-    fn a_binding_that_cannot_be_read_is_no_binding() {
-        let published = |port: &str, host_ip: Value, host_port: Value| {
-            let binding = serde_json::json!({ "HostIp": host_ip, "HostPort": host_port });
-            let ports = serde_json::json!({ port: [binding, null, "0.0.0.0:8000"] });
-            let published = inspected(|json| json["NetworkSettings"]["Ports"] = ports).wiring.published;
-            published.iter().map(|p| format!("{:?}:{}", p.host_ip, p.host_port)).collect::<Vec<_>>().join(" ")
-        };
-        let text = |text: &str| Value::from(text);
-        for (port, host_ip, host_port, expected) in [
-            ("8000/tcp", text("0.0.0.0"), text("18000"), "Some(0.0.0.0):18000"),
-            ("8000", text(""), text("18000"), "None:18000"),
-            ("8000/TCP", Value::Null, Value::from(18000), "None:18000"),
-            ("8000/tcp", text("[::1]"), text("18000"), "Some(::1):18000"),
-            // Somebody else may be behind all addresses.
-            ("8000/tcp", text("fe80::1%eth0"), text("18000"), ""),
-            ("8000/tcp", text("localhost"), text("18000"), ""),
-            ("8000/tcp", Value::from(7), text("18000"), ""),
-            ("8000/tcp", text("0.0.0.0"), text("0"), ""),
-            ("8000/tcp", text("0.0.0.0"), text(""), ""),
-            ("8000/tcp", text("0.0.0.0"), text("65536"), ""),
-            ("8000/tcp", text("0.0.0.0"), text("18000-18010"), ""),
-            ("8000/tcp", text("0.0.0.0"), Value::from(-1), ""),
-            ("8000/quic", text("0.0.0.0"), text("18000"), ""),
-            ("0/tcp", text("0.0.0.0"), text("18000"), ""),
-        ] {
-            assert_eq!(published(port, host_ip.clone(), host_port.clone()), expected, "{port} {host_ip} {host_port}");
-        }
-    }
-
-    #[test]
-    fn an_answer_about_another_container_is_none() {
-        let (id, other) = ("a".repeat(64), "b".repeat(64));
-        let answer = |told: Value| serde_json::json!({ "Id": told, "State": { "Status": "running" }, "Config": {} });
-        let read = |asked: &str, told: Value| Inspected::read(asked, &answer(told)).map(|seen| seen.id);
-        assert_eq!(read(&id, id.clone().into()), Some(id.clone()));
-        assert_eq!(read(&id, Value::Null), Some(id.clone()));
-        assert_eq!(read(&id, other.clone().into()), None);
-        // What is asked for by its name or the beginning of its id is told by its whole id.
-        assert_eq!(read(&id[..12], id.clone().into()), Some(id.clone()));
-        assert_eq!(read("llm", other.clone().into()), Some(other));
-    }
-
-    #[test]
-    fn names_that_mislead_are_told_escaped_and_short() {
-        let seen = inspected(|json| {
-            json["Name"] = "/llm\u{1b}[31m\nready".into();
-            json["Config"]["Image"] = "x".repeat(10_000).into();
-        });
-        assert_eq!(seen.name, "llm\\u{1b}[31m\\nready");
-        assert_eq!(seen.image.chars().count(), 256);
-    }
-
-    fn context() -> Context {
-        let own = Attachment {
-            name: "app_default".into(),
-            id: "n1".into(),
-            ipv4: Some([172, 18, 0, 9].into()),
-            ipv6: None,
-            gateway: None,
-            gw_priority: 0,
-        };
-        let vantage = Vantage::Container { attachments: vec![own], host_network: false, host_gateway: None };
-        Context {
-            vantage,
-            self_id: Some("self".into()),
-            default_network: None,
-            own_ports: vec![8080],
-            own_published: Vec::new(),
-            is_placed: true,
-            untold: None,
-            shared: None,
-        }
-    }
-
-    #[test]
-    fn containers_of_one_compose_service_or_of_one_name_stand_for_each_other() {
-        let role = |change: fn(&mut serde_json::Value)| {
-            let endpoint = inspected(change).endpoint(&context()).unwrap();
-            (endpoint.role.to_string(), endpoint.is_stopped_first)
-        };
-        let unnamed = |json: &mut serde_json::Value| {
-            json["Config"]["Labels"].as_object_mut().unwrap().remove("com.docker.compose.project");
-        };
-        assert_eq!(role(unnamed), ("vllm".to_owned(), false));
-        let service = |json: &mut serde_json::Value| {
-            json["Name"] = "/3f2a_app-llm-1".into();
-            json["Config"]["Labels"]["com.docker.compose.service"] = "llm".into();
-        };
-        assert_eq!(role(service), ("app/llm".to_owned(), true));
-    }
-
-    #[test]
-    fn a_running_container_becomes_an_endpoint() {
-        let look = inspected(|_| {});
-        let endpoint = look.endpoint(&context()).unwrap();
-        assert_eq!(
-            (endpoint.name.as_str(), endpoint.phase, endpoint.health),
-            ("vllm", Phase::Running, Health::Healthy)
-        );
-        assert_eq!(endpoint.incarnation, Incarnation(1_767_225_601_000_000_005));
-        assert_eq!(endpoint.reach.unwrap().targets, ["172.18.0.2:8000".parse().unwrap()]);
-        assert_eq!((look.stop_signal, endpoint.stop_grace, endpoint.excluded), (15, STOP_GRACE, None));
-        assert!(!format!("{look:?}").contains("secret"));
-    }
-
-    #[test]
-    fn states_and_health_are_read_as_the_engine_means_them() {
-        for (status, phase) in [
-            ("paused", Phase::Paused),
-            ("restarting", Phase::Restarting),
-            ("exited", Phase::Stopped),
-            ("dead", Phase::Stopped),
-        ] {
-            assert_eq!(inspected(|json| json["State"]["Status"] = status.into()).phase, phase);
-        }
-        assert_eq!(inspected(|json| json["State"]["Health"] = serde_json::Value::Null).health, Health::None);
-        assert_eq!(inspected(|json| json["State"]["Health"]["Status"] = "none".into()).health, Health::None);
-        assert_eq!(inspected(|json| json["Config"]["StopSignal"] = "SIGQUIT".into()).stop_signal, 3);
-        assert_eq!(inspected(|json| json["State"]["StartedAt"] = "0001-01-01T00:00:00Z".into()).started_nanos, 0);
-        assert_eq!(nanos("2026-01-01T02:00:01+02:00"), Some(1_767_225_601_000_000_000));
-    }
-
-    #[test]
-    fn words_for_health_that_are_not_known_are_no_bad_verdict() {
-        for (word, health) in [
-            (None, Health::None),
-            (Some(""), Health::None),
-            (Some(" "), Health::None),
-            (Some("none"), Health::None),
-            (Some("starting"), Health::Starting),
-            (Some("healthy"), Health::Healthy),
-            (Some("unhealthy"), Health::Unhealthy),
-            (Some("reset"), Health::Unknown),
-            (Some("stopped"), Health::Unknown),
-            (Some("HEALTHY!"), Health::Unknown),
-        ] {
-            assert_eq!(verdict(&serde_json::json!({ "Status": word })), health, "{word:?}");
-            assert_eq!(verdict(&serde_json::json!(word)), health, "{word:?}");
-        }
-        for odd in [serde_json::json!(["reset"]), serde_json::json!(7), serde_json::json!({ "Status": {} })] {
-            assert_eq!(verdict(&odd), Health::Unknown, "{odd}");
-        }
-    }
-
-    #[test]
-    fn a_health_check_is_overdue_by_its_own_times_and_each_check_leaves_a_mark() {
-        let overdue_after = |check: serde_json::Value| {
-            inspected(|json| json["Config"]["Healthcheck"] = check).health_check.overdue_after.as_secs()
-        };
-        let s = 1_000_000_000_i64;
-        assert_eq!(overdue_after(serde_json::Value::Null), 90, "30 s each, as Docker does");
-        assert_eq!(overdue_after(serde_json::json!({})), 90);
-        assert_eq!(overdue_after(serde_json::json!({ "Interval": 0, "Timeout": 0, "StartPeriod": 0 })), 90);
-        assert_eq!(
-            overdue_after(serde_json::json!({ "Interval": 5 * s, "Timeout": 3 * s, "StartPeriod": 600 * s })),
-            613
-        );
-        assert_eq!(overdue_after(serde_json::json!({ "Interval": -5 * s, "Timeout": -1 })), 90);
-        let longest = serde_json::json!({ "Interval": i64::MAX, "Timeout": i64::MAX, "StartPeriod": i64::MAX });
-        assert_eq!(overdue_after(longest), foreign::FOREVER.as_secs());
-
-        let mark = |health: serde_json::Value| inspected(|json| json["State"]["Health"] = health).health_check.mark;
-        let check =
-            |end: &str, code: i64| serde_json::json!({ "Start": "2026-01-01T00:00:00Z", "End": end, "ExitCode": code });
-        let healthy = |streak: i64, log: serde_json::Value| {
-            mark(serde_json::json!({ "Status": "healthy", "FailingStreak": streak, "Log": log }))
-        };
-        let (one, two) = (check("2026-01-01T00:00:01Z", 0), check("2026-01-01T00:00:02Z", 0));
-        let first = healthy(0, serde_json::json!([one]));
-        assert_eq!(first, healthy(0, serde_json::json!([one])));
-        for later in [
-            healthy(0, serde_json::json!([one, two])),
-            healthy(0, serde_json::json!([two])),
-            healthy(1, serde_json::json!([one])),
-            healthy(0, serde_json::json!([check("2026-01-01T00:00:01Z", 1)])),
-            healthy(0, serde_json::Value::Null),
-        ] {
-            assert_ne!(first, later);
-        }
-    }
-
-    #[test]
-    fn every_grace_is_bounded_and_minus_one_is_for_ever() {
-        let grace = |seconds: i64| inspected(|json| json["Config"]["StopTimeout"] = seconds.into()).stop_grace;
-        for (seconds, taken) in
-            [(0, Duration::ZERO), (1, Duration::from_secs(1)), (-1, foreign::FOREVER), (i64::MIN, foreign::FOREVER)]
-        {
-            assert_eq!(grace(seconds), taken, "{seconds}");
-        }
-        for seconds in [i64::MAX, i64::MAX / 1_000_000_000, 1 << 40] {
-            assert_eq!(grace(seconds), foreign::FOREVER, "{seconds}");
-        }
-    }
-
-    #[test]
-    fn runs_are_told_apart_whatever_their_time_is() {
-        let started = |text: &str| inspected(|json| json["State"]["StartedAt"] = text.into()).started_nanos;
-        let odd = ["9999-12-31T23:59:59Z", "9999-12-31T23:59:58Z", "yesterday", "", "2026-13-01T00:00:00Z"];
-        for (n, text) in odd.iter().enumerate() {
-            assert_eq!(started(text), started(text));
-            assert!(started(text) < 0, "{text:?} has no place among times");
-            assert!(odd[..n].iter().all(|other| started(other) != started(text)), "{text:?}");
-        }
-    }
-
-    #[test]
-    fn what_must_not_be_routed_says_why() {
-        let own = inspected(|json| json["Id"] = "self".into()).endpoint(&context()).unwrap();
-        assert!(own.excluded.unwrap().what.contains("this proxy itself"));
-        let odd = inspected(|json| json["Config"]["Labels"]["inference.enable"] = "maybe".into());
-        assert!(odd.endpoint(&context()).unwrap().excluded.unwrap().what.contains("maybe"));
-        let host = inspected(|json| {
-            json["HostConfig"]["NetworkMode"] = "host".into();
-            json["Config"]["Labels"]["inference.port"] = "8080".into();
-        });
-        let on_host = Context { vantage: Vantage::Host { on_link: Vec::new() }, ..context() };
-        assert!(host.endpoint(&on_host).unwrap().excluded.unwrap().what.contains("own"));
-        let unlabelled = inspected(|json| json["Config"]["Labels"] = serde_json::json!({}));
-        assert!(unlabelled.endpoint(&context()).is_none());
-    }
-
-    #[test]
-    fn the_proxy_never_becomes_its_own_backend() {
-        let own_published = |host_ip: Option<&str>| {
-            let host_ip = host_ip.map(|ip| ip.parse().unwrap());
-            vec![Published { container_port: 8080, host_ip, host_port: 9000 }]
-        };
-        let gateway = |context: Context| {
-            let Vantage::Container { attachments, .. } = context.vantage.clone() else { panic!("in a container") };
-            let host_gateway = Some("172.18.0.1".parse().unwrap());
-            Context { vantage: Vantage::Container { attachments, host_network: false, host_gateway }, ..context }
-        };
-        let with_port = |mode: &str, port: u16, published: serde_json::Value| {
-            inspected(|json| {
-                json["HostConfig"]["NetworkMode"] = mode.into();
-                json["Config"]["Labels"]["inference.port"] = port.to_string().into();
-                json["NetworkSettings"]["Ports"] = published;
-                json["NetworkSettings"]["Networks"]["app_default"]["IPAddress"] = "172.18.0.9".into();
-            })
-        };
-        let none = || serde_json::json!({});
-        let on_8000 =
-            |host_ip: &str, port: &str| serde_json::json!({ "8000/tcp": [{ "HostIp": host_ip, "HostPort": port }] });
-        let in_container = |published| gateway(Context { own_published: published, ..context() });
-        for (what, look, context, is_own) in [
-            ("its address, its port", with_port("app_default", 8080, none()), in_container(vec![]), true),
-            ("its address, another port", with_port("app_default", 8000, none()), in_container(vec![]), false),
-            ("its port, by the gateway", with_port("host", 9000, none()), in_container(own_published(None)), true),
-            ("its port on all", with_port("host", 9000, none()), in_container(own_published(Some("0.0.0.0"))), true),
-            (
-                "its port elsewhere",
-                with_port("host", 9000, none()),
-                in_container(own_published(Some("192.0.2.1"))),
-                false,
-            ),
-            ("another port", with_port("host", 9001, none()), in_container(own_published(None)), false),
-            ("not published", with_port("host", 8080, none()), in_container(vec![]), false),
-        ] {
-            let excluded = look.endpoint(&context).unwrap().excluded;
-            assert_eq!(excluded.is_some_and(|why| why.what.contains("own")), is_own, "{what}");
-        }
-        // Another container in the proxy's own network namespace.
-        let proxy = inspected(|json| {
-            json["Id"] = "self".into();
-            json["NetworkSettings"]["Networks"]["app_default"]["IPAddress"] = "172.18.0.9".into();
-        });
-        for (port, is_own) in [(8080, true), (8000, false)] {
-            let mut look = with_port("container:self", port, on_8000("0.0.0.0", "8080"));
-            look.share_network_of(Some(&proxy), None, look.started_nanos);
-            assert_eq!(look.endpoint(&context()).unwrap().excluded.is_some(), is_own, "{port}");
-        }
-    }
-
-    #[test]
-    fn a_network_has_no_effect_where_the_engine_is_elsewhere() {
-        let vantage = Vantage::Elsewhere { engine: vec!["203.0.113.5".parse().unwrap()] };
-        let elsewhere = Context { vantage, ..context() };
-        let endpoint = inspected(|_| {}).endpoint(&elsewhere).unwrap();
-        assert_eq!(endpoint.reach.unwrap().targets, ["203.0.113.5:32768".parse().unwrap()]);
-        assert!(endpoint.problems.is_empty());
-        let wanted = inspected(|json| json["Config"]["Labels"]["inference.network"] = "front".into());
-        let endpoint = wanted.endpoint(&elsewhere).unwrap();
-        assert!(endpoint.reach.is_ok());
-        assert!(
-            endpoint.problems.concat().contains("inference.network=\"front\" has no effect"),
-            "{:?}",
-            endpoint.problems
-        );
-        let by_default = Context { default_network: Some("front".into()), ..elsewhere };
-        let endpoint = inspected(|_| {}).endpoint(&by_default).unwrap();
-        assert!(
-            endpoint.reach.is_ok() && endpoint.problems.concat().contains("PROXY_NETWORK"),
-            "{:?}",
-            endpoint.problems
-        );
-    }
-
-    #[test]
-    fn a_sidecar_is_reached_through_the_owner_of_its_network() {
-        let owner = inspected(|json| json["Id"] = "owner".into());
-        let sidecar = || {
-            inspected(|json| {
-                json["HostConfig"]["NetworkMode"] = "container:owner".into();
-                json["NetworkSettings"] = serde_json::json!({ "Networks": {} });
-            })
-        };
-        let now = i64::MAX;
-        let mut look = sidecar();
-        assert_eq!(look.network_owner(), Some("owner"));
-        look.share_network_of(Some(&owner), None, now);
-        assert_eq!(look.network_owner(), Some("owner"), "its events concern this one, too");
-        assert!(look.endpoint(&context()).unwrap().reach.is_ok());
-        // an owner that was started again has another network namespace: the sidecar's is dead
-        let restarted = inspected(|json| json["State"]["StartedAt"] = "2026-01-01T00:00:02Z".into());
-        for owner in [Some(&restarted), None] {
-            let mut look = sidecar();
-            look.share_network_of(owner, None, now);
-            assert!(look.endpoint(&context()).unwrap().reach.is_err());
-        }
-    }
-
-    /// Looks at a sidecar and its owner, one after the other; each is the time both were started and that of the clock.
-    fn reached(looks: &[(i64, i64, i64)]) -> Vec<bool> {
-        let mut before = None;
-        let look = |(owner_at, own_at, now): &(i64, i64, i64)| {
-            let mut owner = inspected(|json| json["Id"] = "owner".into());
-            owner.started_nanos = *owner_at;
-            let mut sidecar = inspected(|json| {
-                json["HostConfig"]["NetworkMode"] = "container:owner".into();
-                json["NetworkSettings"] = serde_json::json!({ "Networks": {} });
-            });
-            sidecar.started_nanos = *own_at;
-            sidecar.share_network_of(Some(&owner), before.as_ref(), *now);
-            before.clone_from(&sidecar.shared);
-            sidecar.endpoint(&context()).unwrap().reach.is_ok()
-        };
-        looks.iter().map(look).collect()
-    }
-
-    #[test]
-    fn a_clock_that_was_put_back_parts_no_sidecar_from_its_owner() {
-        assert_eq!(reached(&[(10, 11, 20)]), [true]);
-        assert_eq!(reached(&[(12, 11, 20)]), [false], "the owner was started again");
-        // The owner was started by a clock that was ahead, and that the time catches up with later.
-        for ahead in [16, 25, 7_200] {
-            assert_eq!(reached(&[(ahead, 11, 15), (ahead, 11, ahead + 1), (ahead, 11, 10_000)]), [true; 3], "{ahead}");
-        }
-        // Runs that are seen to change need no clock at all.
-        assert_eq!(
-            reached(&[(10, 11, 20), (9, 11, 20)]),
-            [true, false],
-            "the owner was started again, by another clock"
-        );
-        assert_eq!(reached(&[(10, 11, 20), (9, 11, 20), (9, 8, 20)]), [true, false, true], "then the sidecar, too");
-        assert_eq!(reached(&[(10, 11, 20), (10, 5, 20)]), [true, true], "the sidecar alone");
-        assert_eq!(reached(&[(12, 11, 20), (12, 11, 30)]), [false, false]);
-        assert_eq!(reached(&[(-5, 11, 20), (-9, 11, 20)]), [true, false], "times that cannot be read are runs as well");
-    }
-}
+mod tests;
