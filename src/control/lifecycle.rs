@@ -23,11 +23,14 @@ use std::{fmt, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::{base::foreign::FOREVER, control::discovery::Obstacle};
+use crate::{base::foreign::FOREVER, control::discovery::Obstacle, telemetry::kinds::ContainerState};
 
 /// How often in a row a ready backend may refuse to answer its probe before it is not ready any more. A probe that times
 /// out does not count: busy servers do that.
 const MISSES_MAX: u8 = 3;
+
+/// Why a model has no ready replica once the containers that served it have ended.
+pub const GONE: &str = "its container has gone";
 
 /// Why an endpoint cannot be a backend now, though it exists.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,6 +140,31 @@ pub enum State {
     },
     /// Its process has ended.
     Gone,
+}
+
+impl State {
+    /// The state without its details, as metrics and the status name it.
+    pub fn kind(&self) -> ContainerState {
+        match self {
+            State::Discovered(_) => ContainerState::Discovered,
+            State::Probing => ContainerState::Probing,
+            State::Ready => ContainerState::Ready,
+            State::Unhealthy { .. } => ContainerState::Unhealthy,
+            State::Draining { .. } => ContainerState::Draining,
+            State::Gone => ContainerState::Gone,
+        }
+    }
+
+    /// Why a model has no ready replica while a container that serves it is in this state: a few words for the message to
+    /// a client.
+    pub fn why_not_ready(&self) -> &'static str {
+        match self {
+            State::Discovered(why) | State::Unhealthy { why, .. } => why.summary(),
+            State::Probing | State::Ready => "it is starting",
+            State::Draining { .. } => "it is stopping",
+            State::Gone => GONE,
+        }
+    }
 }
 
 /// Something that happens to an incarnation.

@@ -22,6 +22,7 @@ use crate::{
         exposition::Report,
         families::{self, Family},
         http_server::{HttpLabels, HttpMetrics, HttpSeries},
+        kinds::{ContainerState, Named, PerKind},
         log,
         metrics::{Histogram, Metrics, ModelMetrics, OperationMetrics, PerWord, UNKNOWN_MODEL},
         process::Usage,
@@ -92,10 +93,7 @@ impl Reporter {
         to.family(&families::OVERHEAD);
         to.histogram(&[], &metrics.overhead);
         per_word(&families::REJECTED, &metrics.rejected, to);
-        to.family(&families::RETRIES);
-        for (why, count) in metrics.retries() {
-            to.sample(&[("reason", &why.as_str())], count.into());
-        }
+        per_kind(&families::RETRIES, &metrics.retries, to);
         per_word(&families::DISCONNECTS, &metrics.disconnects, to);
         per_word(&families::CUTS, &metrics.cuts, to);
         // In this order: what is closed between the two reads has been accepted before.
@@ -114,19 +112,16 @@ impl Reporter {
     fn tell_lives(&self, to: &mut impl Report) {
         let metrics = &self.metrics;
         to.family(&families::BACKENDS);
-        for (state, count) in metrics.backends.each().filter(|(state, _)| *state != "gone") {
-            to.sample(&[("state", &state)], count.into());
+        for (state, count) in metrics.backends.each().filter(|(state, _)| *state != ContainerState::Gone) {
+            to.sample(&[("state", &state.word())], count.into());
         }
-        per_word(&families::TRANSITIONS, &metrics.transitions, to);
+        per_kind(&families::TRANSITIONS, &metrics.transitions, to);
         to.family(&families::DRAINS);
         to.histogram(&[], &metrics.drains);
         to.family(&families::PROBES);
         to.histogram(&[], &metrics.probes);
-        per_word(&families::PROBE_FAILURES, &metrics.probe_failures, to);
-        to.family(&families::TABLE_UPDATES);
-        for (action, count) in metrics.table_updates() {
-            to.sample(&[("action", &action)], count.into());
-        }
+        per_kind(&families::PROBE_FAILURES, &metrics.probe_failures, to);
+        per_kind(&families::TABLE_UPDATES, &metrics.table_updates, to);
     }
 
     fn tell_discovery(&self, to: &mut impl Report) {
@@ -267,6 +262,14 @@ fn per_operation(
         if !histogram.is_empty() {
             to.histogram(&[("model", model), ("operation", operation)], histogram);
         }
+    }
+}
+
+fn per_kind<K: Named>(family: &'static Family, numbers: &PerKind<K>, to: &mut impl Report) {
+    let label = family.labels.first().copied().unwrap_or_default();
+    to.family(family);
+    for (kind, number) in numbers.each() {
+        to.sample(&[(label, &kind.word())], number.into());
     }
 }
 

@@ -13,7 +13,11 @@ use std::{
     time::Duration,
 };
 
-use super::{http_server::HttpMetrics, operation::Operation};
+use super::{
+    http_server::HttpMetrics,
+    kinds::{ContainerState, PerKind, ProbeFailure, Retry, TableAction},
+    operation::Operation,
+};
 use crate::{
     base::error::ProxyError,
     wire::scan::{Finish, Usage},
@@ -418,61 +422,10 @@ impl OperationMetrics {
     }
 }
 
-/// Why the routing table was published.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TableAction {
-    /// A backend came.
-    Add,
-    /// A backend went.
-    Remove,
-    /// A backend's models changed.
-    Update,
-}
-
-/// Why a request was sent once more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Retry {
-    /// The connection had been closed while it was idle; to the same backend.
-    StaleConnection,
-    /// A backend could not be connected to.
-    Connect,
-    /// A backend's connection ended before an answer.
-    Ended,
-    /// A backend did not answer in the time that the user set.
-    TimedOut,
-    /// A backend pushed back.
-    Busy,
-    /// A backend answered with an error of its own.
-    Error,
-}
-
-impl Retry {
-    /// All of them.
-    pub const ALL: [Retry; 6] =
-        [Retry::StaleConnection, Retry::Connect, Retry::Ended, Retry::TimedOut, Retry::Busy, Retry::Error];
-
-    /// As a label's value.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Retry::StaleConnection => "stale_connection",
-            Retry::Connect => "connect",
-            Retry::Ended => "ended",
-            Retry::TimedOut => "timeout",
-            Retry::Busy => "busy",
-            Retry::Error => "error",
-        }
-    }
-}
-
 /// How far a request was when its client left.
 pub const DISCONNECT_PHASES: &[&str] = &["upload", "queue", "before_first_byte", "mid_answer"];
 /// What ended an answer that had begun.
 pub const CUT_REASONS: &[&str] = &["ended", "stopped", "framing", "silent", "request"];
-/// States of a container's life.
-pub const STATES: &[&str] = &["discovered", "probing", "ready", "unhealthy", "draining", "gone"];
-/// Why a probe has no usable answer.
-pub const PROBE_FAILURES: &[&str] = &["no_answer", "status", "unusable"];
-
 /// Instruments that belong to no model.
 #[derive(Debug)]
 pub struct Metrics {
@@ -496,23 +449,22 @@ pub struct Metrics {
     pub clients_accepted: Counter,
     /// Those of them that have ended.
     pub clients_closed: Counter,
-    /// Labelled containers by state: [`STATES`].
-    pub backends: PerWord,
+    /// Labelled containers by state.
+    pub backends: PerKind<ContainerState>,
     /// Changes of state, by the one entered.
-    pub transitions: PerWord,
+    pub transitions: PerKind<ContainerState>,
     /// From a stop notice to the end of the last request.
     pub drains: Histogram,
     /// How long probes took.
     pub probes: Histogram,
-    /// Probes without a usable answer: [`PROBE_FAILURES`].
-    pub probe_failures: PerWord,
+    /// Probes without a usable answer.
+    pub probe_failures: PerKind<ProbeFailure>,
     /// What discovery sees and hears.
     pub discovery: DiscoveryMetrics,
-    added: Counter,
-    removed: Counter,
-    updated: Counter,
-    /// In the order of [`Retry::ALL`].
-    retries: [Counter; Retry::ALL.len()],
+    /// Changes of the routing table.
+    pub table_updates: PerKind<TableAction>,
+    /// Requests that were sent once more, by reason.
+    pub retries: PerKind<Retry>,
 }
 
 /// Instruments of discovery.
@@ -541,53 +493,27 @@ impl Default for Metrics {
             upstream_reused: Counter::default(),
             clients_accepted: Counter::default(),
             clients_closed: Counter::default(),
-            backends: PerWord::new(STATES),
-            transitions: PerWord::new(STATES),
+            backends: PerKind::default(),
+            transitions: PerKind::default(),
             drains: Histogram::new(&SECONDS),
             probes: Histogram::new(&SECONDS),
-            probe_failures: PerWord::new(PROBE_FAILURES),
+            probe_failures: PerKind::default(),
             discovery: DiscoveryMetrics {
                 connected: AtomicBool::new(false),
                 last_sync_ms: AtomicU64::new(0),
                 event_lag: Histogram::new(&SHORT_SECONDS),
                 events: OnceLock::new(),
             },
-            added: Counter::default(),
-            removed: Counter::default(),
-            updated: Counter::default(),
-            retries: Default::default(),
+            table_updates: PerKind::default(),
+            retries: PerKind::default(),
         }
     }
 }
 
 impl Metrics {
-    /// A request is sent once more.
-    pub fn retried(&self, why: Retry) {
-        self.retries[why as usize].increment();
-    }
-
-    /// Requests sent once more so far, by reason.
-    pub fn retries(&self) -> impl Iterator<Item = (Retry, u64)> {
-        Retry::ALL.into_iter().zip(&self.retries).map(|(why, counter)| (why, counter.get()))
-    }
-
     /// Instruments of a proxy whose metrics are sent to a collector, if `is_sent`.
     pub fn sent(is_sent: bool) -> Metrics {
         Metrics { http: is_sent.then(HttpMetrics::default), ..Metrics::default() }
-    }
-
-    /// The routing table has changed.
-    pub fn table_updated(&self, action: TableAction) {
-        match action {
-            TableAction::Add => self.added.increment(),
-            TableAction::Remove => self.removed.increment(),
-            TableAction::Update => self.updated.increment(),
-        }
-    }
-
-    /// Changes of the routing table so far, by action.
-    pub fn table_updates(&self) -> [(&'static str, u64); 3] {
-        [("add", self.added.get()), ("remove", self.removed.get()), ("update", self.updated.get())]
     }
 }
 

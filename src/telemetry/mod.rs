@@ -4,6 +4,7 @@
 pub mod exposition;
 pub mod families;
 pub mod http_server;
+pub mod kinds;
 pub mod log;
 pub mod metrics;
 pub mod operation;

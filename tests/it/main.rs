@@ -40,6 +40,7 @@ mod models;
 mod observability;
 mod otlp;
 mod pools;
+mod probes;
 mod readings;
 mod retry;
 mod reuse;

@@ -26,7 +26,7 @@ use crate::{
     },
     control::discovery::{EndpointId, Incarnation},
     pool::table::ModelObject,
-    telemetry::metrics::UNKNOWN_MODEL,
+    telemetry::{kinds::ProbeFailure, metrics::UNKNOWN_MODEL},
 };
 
 /// Time for one answer of `/models`, from connecting to its last byte.
@@ -201,12 +201,12 @@ impl ProbeError {
         }
     }
 
-    /// As a label's value: one of [`crate::telemetry::metrics::PROBE_FAILURES`].
-    pub fn reason(&self) -> &'static str {
+    /// The failure as metrics count it.
+    pub fn counted_as(&self) -> ProbeFailure {
         match self {
-            ProbeError::NoAnswer { .. } => "no_answer",
-            ProbeError::Status { .. } => "status",
-            ProbeError::Unusable { .. } => "unusable",
+            ProbeError::NoAnswer { .. } => ProbeFailure::NoAnswer,
+            ProbeError::Status { .. } => ProbeFailure::Status,
+            ProbeError::Unusable { .. } => ProbeFailure::Unusable,
         }
     }
 

@@ -1,8 +1,9 @@
-//! What the health check of one run amounts to, from all looks at it. Pure.
+//! The verdict of a container's health check, drawn from all looks at one run of it. Pure.
 //!
-//! Only `healthy` and `unhealthy` are verdicts, and the last one stands: an engine that is restarted goes back to `starting`
-//! while its containers run on (Docker ≥ 25 with `live-restore`, moby#47051). Engines may also stop checking without a word
-//! (moby#41871), so a check that has left no mark for too long is not believed any more: the proxy's own probe decides.
+//! Only `healthy` and `unhealthy` are verdicts, and the last one stands, because an engine that is restarted goes back to
+//! `starting` while its containers run on (Docker ≥ 25 with `live-restore`, moby#47051). Engines may also stop checking
+//! without a word (moby#41871). So the registry stops believing a check that has left no mark for too long, and the proxy's
+//! own probe decides.
 
 use tokio::time::Instant;
 
@@ -11,7 +12,7 @@ use crate::control::{
     lifecycle::Unfit,
 };
 
-/// What is known of the health of one run.
+/// The health of one run, as far as its looks have shown it.
 #[derive(Debug, Clone)]
 pub(super) struct Verdict {
     word: Health,
@@ -23,14 +24,14 @@ pub(super) struct Verdict {
     /// Since when the check looks the same; `None` while its silence means nothing.
     since: Option<Instant>,
     is_overdue: bool,
-    /// Somebody has been asked to look at it when it became overdue.
-    is_asked: bool,
+    /// Discovery has been asked to look at the container because the check seemed overdue.
+    is_look_asked: bool,
 }
 
-/// What a look has changed that people should know.
+/// A change of the health check that people should know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum News {
-    /// The word is not known.
+pub(super) enum HealthNews {
+    /// The engine uses a word for the health that the proxy does not know.
     UnknownWord,
     /// The check is overdue.
     Overdue,
@@ -41,8 +42,8 @@ pub(super) enum News {
 // === impl Verdict ===
 
 impl Verdict {
-    /// The first look at a run.
-    pub(super) fn first(word: Health, check: HealthCheck, now: Instant) -> (Verdict, Option<News>) {
+    /// The verdict after the first look at a run.
+    pub(super) fn first(word: Health, check: HealthCheck, now: Instant) -> (Verdict, Option<HealthNews>) {
         let mut verdict = Verdict {
             word: Health::None,
             last: None,
@@ -51,19 +52,19 @@ impl Verdict {
             check,
             since: None,
             is_overdue: false,
-            is_asked: false,
+            is_look_asked: false,
         };
         let news = verdict.look(word, check, now);
         (verdict, news)
     }
 
-    /// Another look at the same run.
-    pub(super) fn look(&mut self, word: Health, check: HealthCheck, now: Instant) -> Option<News> {
+    /// Takes in another look at the same run.
+    pub(super) fn look(&mut self, word: Health, check: HealthCheck, now: Instant) -> Option<HealthNews> {
         let is_same = (self.word, self.check.mark) == (word, check.mark);
         let is_new_word = self.word != word;
         self.word = word;
         self.check = check;
-        self.is_asked = false;
+        self.is_look_asked = false;
         match word {
             Health::Healthy => (self.last, self.was_healthy) = (Some(true), true),
             Health::Unhealthy => self.last = Some(false),
@@ -77,55 +78,56 @@ impl Verdict {
             (self.since, self.is_overdue) = (Some(now), false);
         }
         match (was_overdue, self.is_overdue) {
-            (false, true) => Some(News::Overdue),
-            (true, false) => Some(News::ChecksAgain),
-            _ => (is_new_word && word == Health::Unknown).then_some(News::UnknownWord),
+            (false, true) => Some(HealthNews::Overdue),
+            (true, false) => Some(HealthNews::ChecksAgain),
+            _ => (is_new_word && word == Health::Unknown).then_some(HealthNews::UnknownWord),
         }
     }
 
-    /// The run has become ready.
-    pub(super) fn was_ready(&mut self) {
+    /// Notes that the run has become ready.
+    pub(super) fn became_ready(&mut self) {
         self.was_ready = true;
     }
 
-    /// Nothing checks it for now, or nobody can see whether it is checked: time does not count.
+    /// Stops the clock of an overdue check, because the engine does not check for now, or the proxy cannot see whether it
+    /// does.
     pub(super) fn interrupted(&mut self) {
         self.since = None;
     }
 
-    /// Whether there is anything that should be said anew in due time.
+    /// Whether the container has a check at all, or had one.
     fn may_be_overdue(&self) -> bool {
         self.word != Health::None || self.last.is_some()
     }
 
-    /// When another look would find a check overdue that keeps the run from being routed.
+    /// When another look could find that the check is overdue; `None` unless the check keeps the run from being routed.
     pub(super) fn due_at(&self) -> Option<Instant> {
         let is_held = !self.is_overdue && (self.last == Some(false) || self.starts());
-        let since = self.since.filter(|_| is_held && !self.is_asked)?;
+        let since = self.since.filter(|_| is_held && !self.is_look_asked)?;
         since.checked_add(self.check.overdue_after)
     }
 
-    /// A look has been asked for.
-    pub(super) fn asked(&mut self) {
-        self.is_asked = true;
+    /// Notes that discovery has been asked for a look.
+    pub(super) fn look_asked(&mut self) {
+        self.is_look_asked = true;
     }
 
-    /// Whether the proxy's own probe is all there is to go by.
+    /// Whether the proxy's own probe decides alone, because the check says nothing that counts.
     pub(super) fn is_own(&self) -> bool {
         self.is_overdue || (self.last.is_none() && !self.starts())
     }
 
-    /// Whether its check is overdue.
+    /// Whether the check should have ended long ago.
     pub(super) fn is_overdue(&self) -> bool {
         self.is_overdue
     }
 
-    /// Whether it has not been well yet, and nothing else has been said.
+    /// Whether the run is still starting: it has had no verdict, and has never been ready.
     fn starts(&self) -> bool {
         self.last.is_none() && self.word == Health::Starting && !self.was_ready
     }
 
-    /// Whether the run may be probed. `is_required`: it must have a health check.
+    /// Whether the run may be probed. With `is_required`, a run without a health check may not.
     pub(super) fn fitness(&self, is_required: bool) -> Result<(), Unfit> {
         match self.last {
             _ if self.is_overdue => Ok(()),
@@ -171,7 +173,7 @@ mod tests {
         fn ready(word: Health) -> Run {
             let mut run = Run::first(word);
             assert_eq!(run.verdict.fitness(false), Ok(()));
-            run.verdict.was_ready();
+            run.verdict.became_ready();
             run
         }
 
@@ -182,7 +184,7 @@ mod tests {
         }
 
         /// A look so many seconds later, which finds that nothing has happened.
-        fn silence(&mut self, seconds: u64) -> Option<News> {
+        fn silence(&mut self, seconds: u64) -> Option<HealthNews> {
             self.now += Duration::from_secs(seconds);
             self.verdict.look(self.verdict.word, self.verdict.check, self.now)
         }
@@ -202,7 +204,7 @@ mod tests {
             assert_eq!(verdict.is_own(), own, "{word:?}");
         }
         let now = Instant::now();
-        assert_eq!(Verdict::first(Health::Unknown, check(0), now).1, Some(News::UnknownWord));
+        assert_eq!(Verdict::first(Health::Unknown, check(0), now).1, Some(HealthNews::UnknownWord));
         assert_eq!(Verdict::first(Health::Starting, check(0), now).1, None);
     }
 
@@ -239,7 +241,7 @@ mod tests {
         for word in [Health::Unknown, Health::Starting, Health::Healthy, Health::Unhealthy] {
             let mut run = Run::first(word);
             assert_eq!(run.silence(27), None, "{word:?}");
-            assert_eq!(run.silence(1), Some(News::Overdue), "{word:?}");
+            assert_eq!(run.silence(1), Some(HealthNews::Overdue), "{word:?}");
             assert_eq!((run.verdict.fitness(true), run.verdict.is_own()), (Ok(()), true), "{word:?}");
             assert_eq!(run.silence(3_600), None, "said once");
             assert_eq!(run.verdict.due_at(), None);
@@ -247,9 +249,9 @@ mod tests {
             assert!(verdict.is_err() && !run.verdict.is_overdue(), "it counts again when it speaks again");
         }
         let mut run = Run::ready(Health::Healthy);
-        assert_eq!(run.silence(28), Some(News::Overdue));
+        assert_eq!(run.silence(28), Some(HealthNews::Overdue));
         run.looks += 1;
-        assert_eq!(run.verdict.look(Health::Healthy, check(run.looks), run.now), Some(News::ChecksAgain));
+        assert_eq!(run.verdict.look(Health::Healthy, check(run.looks), run.now), Some(HealthNews::ChecksAgain));
 
         let mut run = Run::first(Health::None);
         assert_eq!(run.silence(3_600), None, "what is not checked is not overdue");
@@ -257,7 +259,7 @@ mod tests {
         // A verdict whose check has gone altogether.
         assert_eq!(run.sees(Health::Unhealthy), Err(Unfit::HealthNeverPassed));
         assert_eq!(run.sees(Health::None), Err(Unfit::HealthNeverPassed));
-        assert_eq!((run.silence(28), run.verdict.fitness(false)), (Some(News::Overdue), Ok(())));
+        assert_eq!((run.silence(28), run.verdict.fitness(false)), (Some(HealthNews::Overdue), Ok(())));
     }
 
     #[test]
@@ -277,7 +279,7 @@ mod tests {
         assert_eq!(run.verdict.due_at(), None);
         assert_eq!(run.silence(3_600), None, "from now on");
         assert_eq!(run.silence(27), None);
-        assert_eq!(run.silence(1), Some(News::Overdue));
+        assert_eq!(run.silence(1), Some(HealthNews::Overdue));
     }
 
     #[test]
@@ -286,7 +288,7 @@ mod tests {
             let mut run = Run::first(word);
             let due_at = is_due.then(|| run.now + Duration::from_secs(28));
             assert_eq!(run.verdict.due_at(), due_at, "{word:?}");
-            run.verdict.asked();
+            run.verdict.look_asked();
             assert_eq!(run.verdict.due_at(), None);
             run.silence(1);
             assert_eq!(run.verdict.due_at(), due_at, "it has been looked at too early");

@@ -14,7 +14,7 @@ use http::StatusCode;
 use crate::{
     base::{error::ProxyError, foreign::FOREVER},
     pool::{breaker::Outcome, tally::Trouble, upstream::ConnectError},
-    telemetry::metrics::Retry,
+    telemetry::kinds::Retry,
     wire::http1::head::HeadError,
 };
 

@@ -25,7 +25,7 @@ use crate::{
         breaker::Outcome,
         tally::Trouble,
     },
-    telemetry::metrics::Retry,
+    telemetry::kinds::Retry,
     wire::http1::head::{Known, ResponseHead},
 };
 
@@ -88,7 +88,7 @@ impl<S: Transport> Call<'_, S> {
         let model = answer.in_flight.model().clone();
         let Some(elsewhere) = self.claim_elsewhere_at_once(&model, attempts) else { return Step::Done(answer) };
         let is_busy = matches!(outcome, Outcome::PushBack { .. });
-        self.proxy.metrics.retried(if is_busy { Retry::Busy } else { Retry::Error });
+        self.proxy.metrics.retries.increment(if is_busy { Retry::Busy } else { Retry::Error });
         self.account.trace.attempt_pushed_back(status.as_u16());
         // The backend has done all it will do, and another request may have the slot.
         answer.in_flight.leave();
@@ -119,7 +119,7 @@ impl<S: Transport> Call<'_, S> {
             Next::Abandon => return Err(NoAnswer::Gone),
             Next::Refuse => return Err(refusal.unwrap_or(ProxyError::NoBackend).into()),
             Next::SendAgain => {
-                self.proxy.metrics.retried(Retry::StaleConnection);
+                self.proxy.metrics.retries.increment(Retry::StaleConnection);
                 attempts.fresh_only = true;
                 return Ok(Step::Again(in_flight));
             }
@@ -137,7 +137,7 @@ impl<S: Transport> Call<'_, S> {
             Next::ElsewhereAtOnce | Next::Pass | Next::Fail | Next::Cut => None,
         };
         if let Some(elsewhere) = elsewhere {
-            self.proxy.metrics.retried(failure.retry());
+            self.proxy.metrics.retries.increment(failure.retry());
             attempts.fresh_only = false;
             return Ok(Step::Again(elsewhere));
         }

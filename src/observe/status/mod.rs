@@ -88,7 +88,7 @@ pub struct ContainerStatus {
     pub name: String,
     /// Its image.
     pub image: String,
-    /// `discovered`, `probing`, `ready`, `unhealthy` or `draining`.
+    /// The word of a [`crate::telemetry::kinds::ContainerState`]. It is text, because a later proxy may have more states.
     pub state: String,
     /// Since when.
     pub since: String,

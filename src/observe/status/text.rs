@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{ContainerStatus, ModelStatus, Status};
-use crate::base::foreign::few;
+use crate::{
+    base::foreign::few,
+    telemetry::kinds::{ContainerState, Named as _},
+};
 
 /// How many of the latest events are shown.
 const EVENTS_SHOWN: usize = 8;
@@ -139,7 +142,7 @@ struct Page {
 impl Page {
     fn head(&mut self, status: &Status) {
         let Status { proxy_version, discovery, containers, .. } = status;
-        let live = containers.iter().filter(|container| container.state == "ready").count();
+        let live = containers.iter().filter(|container| state_of(container) == Some(ContainerState::Ready)).count();
         let (word, ink) = match (status.stopping, status.ready) {
             (true, _) => ("shutting down", Ink::Warning),
             (false, true) => ("ready", Ink::Good),
@@ -177,7 +180,7 @@ impl Page {
             return;
         }
         let mut containers: Vec<&ContainerStatus> = status.containers.iter().collect();
-        containers.sort_by_key(|container| rank(&container.state));
+        containers.sort_by_key(|container| rank(state_of(container)));
         let header =
             ["CONTAINER", "STATE", "FOR", "IN FLIGHT", "WAITING", "TTFT", "TOKENS/S", "SERVED", "FAILED", "BREAKER"];
         let rows: Vec<[String; 10]> = std::iter::once(header.map(str::to_owned))
@@ -197,7 +200,7 @@ impl Page {
                 let padded = if is_number { format!("{cell:>width$}") } else { format!("{cell:width$}") };
                 let ink = match (container, column) {
                     (None, _) => Ink::Faint,
-                    (Some(container), 1) => state_ink(&container.state),
+                    (Some(container), 1) => state_ink(state_of(container)),
                     (Some(container), 8) if container.failed > 0 => Ink::Warning,
                     (Some(_), 9) if cell != "closed" && cell != "-" => Ink::Bad,
                     _ => Ink::Plain,
@@ -314,21 +317,26 @@ impl Page {
     }
 }
 
-/// What is not live comes first.
-fn rank(state: &str) -> u8 {
+/// The container's state; `None` for a word that only a later version of the proxy uses.
+fn state_of(container: &ContainerStatus) -> Option<ContainerState> {
+    ContainerState::ALL.iter().copied().find(|state| state.word() == container.state)
+}
+
+/// Containers that are not live come first.
+fn rank(state: Option<ContainerState>) -> u8 {
     match state {
-        "unhealthy" => 0,
-        "discovered" => 1,
-        "probing" => 2,
-        "draining" => 3,
-        _ => 4,
+        Some(ContainerState::Unhealthy) => 0,
+        Some(ContainerState::Discovered) => 1,
+        Some(ContainerState::Probing) => 2,
+        Some(ContainerState::Draining) => 3,
+        Some(ContainerState::Ready | ContainerState::Gone) | None => 4,
     }
 }
 
-fn state_ink(state: &str) -> Ink {
+fn state_ink(state: Option<ContainerState>) -> Ink {
     match state {
-        "ready" => Ink::Good,
-        "unhealthy" => Ink::Bad,
+        Some(ContainerState::Ready) => Ink::Good,
+        Some(ContainerState::Unhealthy) => Ink::Bad,
         _ => Ink::Warning,
     }
 }

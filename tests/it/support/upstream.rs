@@ -92,6 +92,8 @@ struct Shared {
 
 struct State {
     models: String,
+    /// Answers `GET …/models` instead of `models`, if there is one.
+    listing: Option<Script>,
     health: u16,
     always: Script,
     scripts: VecDeque<Script>,
@@ -146,6 +148,7 @@ impl Upstream {
         let objects: Vec<String> = models.iter().map(|id| format!(r#"{{"id":"{id}","object":"model"}}"#)).collect();
         let state = State {
             models: format!(r#"{{"object":"list","data":[{}]}}"#, objects.join(",")),
+            listing: None,
             health: 200,
             always: json_reply(&format!(r#"{{"object":"chat.completion","served_by":"{name}"}}"#)),
             scripts: VecDeque::new(),
@@ -164,6 +167,11 @@ impl Upstream {
     /// Answers `GET …/models` with this from now on.
     pub(crate) fn set_models(&self, body: impl Into<String>) {
         self.state().models = body.into();
+    }
+
+    /// Does this for every `GET …/models` from now on, and closes the connection.
+    pub(crate) fn script_models(&self, script: Script) {
+        self.state().listing = Some(script);
     }
 
     /// Answers `GET /health` with this status from now on.
@@ -358,7 +366,12 @@ impl Session<'_> {
                 )
             };
             self.current = None;
-            return vec![Step::Hold(state.probes_held.clone()), Step::Send(answer.into()), Step::Close];
+            let answer = match &state.listing {
+                Some(script) if path != "/health" => script.clone(),
+                _ => vec![Step::Send(answer.into())],
+            };
+            let held = Step::Hold(state.probes_held.clone());
+            return [vec![held], answer, vec![Step::Close]].concat();
         }
         if head.word(0) == "GET" && path == "/metrics" {
             state.scrapes.push(Instant::now());
