@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         }
     };
     // Variables that are not text cannot be ours.
-    #[allow(clippy::disallowed_methods)] // this is main
+    #[expect(clippy::disallowed_methods, reason = "this is main")]
     let vars = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let (config, warnings) = match Config::from_vars(vars) {
         Ok(resolved) => resolved,
@@ -62,7 +62,7 @@ fn run(call: Call, config: Config, warnings: Vec<Warning>) -> ExitCode {
             }
             Call::Healthcheck { url } => told(commands::healthcheck(&config, url.as_deref()).await),
             Call::Status { url, form } => {
-                #[allow(clippy::disallowed_methods)] // this is main
+                #[expect(clippy::disallowed_methods, reason = "this is main")]
                 let var = |name: &str| std::env::var(name).ok();
                 let look = || Look::of(std::io::stdout().is_terminal(), commands::screen(), var);
                 told(commands::status(&config, url.as_deref(), form, look).await)

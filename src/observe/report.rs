@@ -129,7 +129,6 @@ impl Reporter {
         to.family(&families::CONNECTED);
         to.sample(&[], u64::from(discovery.connected.load(Relaxed)).into());
         to.family(&families::LAST_SYNC);
-        #[allow(clippy::cast_precision_loss)] // exact for the next 200 000 years
         to.sample(&[], (discovery.last_sync_ms.load(Relaxed) as f64 / 1e3).into());
         to.family(&families::EVENTS);
         for (action, count) in discovery.events.get().into_iter().flat_map(PerWord::each) {

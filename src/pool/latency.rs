@@ -89,7 +89,6 @@ pub struct Awaited {
 
 /// Work, in requests: so many of them, and so much of prompts that they bring. Not less than 1.
 pub fn work(requests: u64, prompt_bytes: u64) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
     let (requests, units) = (requests.max(1) as f64, prompt_bytes as f64 * (1.0 / UNIT_BYTES as f64));
     requests + units
 }
@@ -189,7 +188,6 @@ fn averaged(old: Option<(f64, f64)>, sample: f64) -> f64 {
 }
 
 fn pack(seconds: f64, stamp: u64) -> u64 {
-    #[expect(clippy::cast_possible_truncation, reason = "24 bits are kept anyway")]
     let value = (seconds as f32).clamp(VALUE_MIN_S, VALUE_MAX_S).to_bits() - VALUE_MIN_S.to_bits();
     let code = u64::from((value >> VALUE_SHIFT) + 1).min((1 << VALUE_BITS) - 1);
     stamp << VALUE_BITS | code

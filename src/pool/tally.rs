@@ -255,7 +255,6 @@ impl Tally {
     pub fn tokens_per_second(&self, now: Instant) -> f64 {
         let window = self.window(TOKENS_WINDOW_S, now);
         let seconds = u32::try_from(window.end - window.start).unwrap_or(u32::MAX).max(1);
-        #[allow(clippy::cast_precision_loss)] // far fewer tokens than a float can count
         let tokens = self.tokens.sum(window) as f64;
         tokens / f64::from(seconds)
     }

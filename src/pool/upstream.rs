@@ -377,7 +377,6 @@ impl Lease {
         drop(closed);
         if reaps {
             // Not tracked by the application: it ends with the last idle connection, within seconds.
-            #[allow(clippy::disallowed_methods)]
             tokio::spawn(reap(Arc::downgrade(&shared), index));
         }
     }

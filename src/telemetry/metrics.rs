@@ -167,14 +167,12 @@ impl Histogram {
     /// Counts one duration, on a scale of seconds.
     pub fn observe(&self, duration: Duration) {
         let seconds = duration.as_secs_f64();
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         // a duration is not negative; this saturates
         self.add(seconds, (seconds * self.scale.parts_per_unit).round() as u64);
     }
 
     /// Counts one number of things.
     pub fn observe_count(&self, n: u64) {
-        #[allow(clippy::cast_precision_loss)] // which bucket it falls into does not hang on the last digit
         self.add(n as f64, n);
     }
 
@@ -196,7 +194,6 @@ impl Histogram {
 
     /// What it holds now.
     pub fn distribution(&self) -> Distribution {
-        #[allow(clippy::cast_precision_loss)] // more digits than anyone reads
         let sum = self.total() as f64 / self.scale.parts_per_unit;
         let counts = self.buckets.iter().map(|bucket| bucket.load(Relaxed)).collect();
         Distribution { bounds: self.scale.bounds, counts, sum }

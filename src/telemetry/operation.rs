@@ -2,7 +2,7 @@
 
 /// A kind of work. The set is closed, so no client can create series.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // each word says it
+#[expect(missing_docs, reason = "each word says it")]
 pub enum Operation {
     Chat,
     TextCompletion,

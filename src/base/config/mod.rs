@@ -145,7 +145,7 @@ pub struct DockerEndpoint {
 
 /// The resolved settings.
 #[derive(Debug, Clone)]
-#[allow(missing_docs)] // each field is the knob of the same name; KNOBS says what it means
+#[expect(missing_docs, reason = "each field is the knob of the same name; KNOBS says what it means")]
 pub struct Config {
     pub bind: Option<IpAddr>,
     pub port: u16,

@@ -38,7 +38,6 @@ fn proxy() -> Arc<Proxy> {
 async fn begun(proxy: &Arc<Proxy>, begin: &str) -> DuplexStream {
     let (mut client, there) = tokio::io::duplex(64 * 1024);
     let proxy = proxy.clone();
-    #[allow(clippy::disallowed_methods)]
     tokio::spawn(async move {
         let closing = Closing::new(Arc::default(), CancellationToken::new().cancelled_owned());
         proxy.serve(Port::Data, there, Vec::new(), std::net::Ipv4Addr::LOCALHOST.into(), closing).await;

@@ -149,7 +149,6 @@ impl Waiting {
 
 impl Waiter {
     /// Bytes per second.
-    #[allow(clippy::cast_precision_loss)]
     fn pace(&self, waited: Duration) -> f64 {
         self.seen_bytes.load(Relaxed) as f64 / waited.as_secs_f64()
     }

@@ -359,7 +359,6 @@ fn row(container: &ContainerStatus, now: &str) -> [String; 10] {
     ]
 }
 
-#[allow(clippy::cast_precision_loss)] // shown with one digit
 fn millis(ms: u64) -> String {
     if ms < 10_000 { format!("{ms} ms") } else { format!("{:.1} s", ms as f64 / 1000.0) }
 }

@@ -45,8 +45,7 @@ pub struct ModelScanner {
     failure: Option<ScanError>,
 }
 
-// Nearly every body is JSON, and is to be scanned without an allocation.
-#[allow(clippy::large_enum_variant)]
+#[expect(clippy::large_enum_variant, reason = "nearly every body is JSON, and is to be scanned without an allocation")]
 #[derive(Debug)]
 enum Format {
     Json(JsonScanner),

@@ -282,7 +282,6 @@ impl Engine {
             read_events(futures::stream::iter(begun).chain(pieces), engine.host, heard).await;
         };
         // Ended by its guard, which the loop holds: it needs no place among the application's tasks.
-        #[allow(clippy::disallowed_methods)]
         tokio::spawn(async move { stop.run_until_cancelled(read).await });
         (receiver, guard)
     }
@@ -422,7 +421,6 @@ where
     request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     // It ends with the answer, or as soon as the answer is dropped before its end.
-    #[allow(clippy::disallowed_methods)]
     tokio::spawn(connection);
     Ok(sender.send_request(request).await?)
 }

@@ -283,7 +283,6 @@ fn stride(all: u64) -> u64 {
         }
         a == 1
     };
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a guess")]
     let golden = (all as f64 * 0.618_034) as u64;
     (golden.max(1)..=all).find(coprime).unwrap_or(1)
 }

@@ -113,7 +113,6 @@ pub(super) async fn serve(
                     // The connection has come with a descriptor for the only one.
                     let places = (streams.open.load(Relaxed) > 1).then(|| places.clone());
                     // Ends with the stream, which the connection outlives.
-                    #[allow(clippy::disallowed_methods)]
                     tokio::spawn(async move {
                         stream::serve(request, respond, site, client_ip, places, flushed).await;
                         drop(stream);

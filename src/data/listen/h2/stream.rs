@@ -89,7 +89,6 @@ pub(super) async fn serve(
     // stream that it took is a request under way, even if the engine has not read a byte of it.
     let closing = Stopper::default().closing();
     // Ends with the pipe, and the pipe with the stream.
-    #[allow(clippy::disallowed_methods)]
     let engine = tokio::spawn(async move { site.serve(there, Vec::new(), client_ip, closing).await });
     let (pipe, mut to_engine) = tokio::io::split(here);
     let is_head = request.method() == Method::HEAD;

@@ -2,7 +2,7 @@
 
 /// Headers that the proxy looks at; recognised once, while a head is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // each is the header of the same name
+#[expect(missing_docs, reason = "each is the header of the same name")]
 pub enum Known {
     AllowOrigin,
     AnthropicVersion,
