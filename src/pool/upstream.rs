@@ -156,11 +156,6 @@ impl Upstream {
         Upstream { shared: Arc::new(Shared { addr, connect_timeout, shards }) }
     }
 
-    /// Where the connections go.
-    pub fn addr(&self) -> SocketAddr {
-        self.shared.addr
-    }
-
     /// A connection that has been used before and is fresh enough to be used again, if there is one.
     pub fn lease_idle(&self, now: Instant) -> Option<Lease> {
         let mut shard = self.shared.lock(self.shared.this_shard());
@@ -343,11 +338,6 @@ impl Lease {
             [only] => Pin::new(&mut self.connection.stream).poll_write(cx, only),
             several => Pin::new(&mut self.connection.stream).poll_write_vectored(cx, several),
         }
-    }
-
-    /// Says that no more will be written.
-    pub fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.connection.stream).poll_shutdown(cx)
     }
 
     /// More is sent than a machine takes in for a backend that does not read. The user time-out would end the connection

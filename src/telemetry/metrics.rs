@@ -226,13 +226,6 @@ impl PerWord {
         }
     }
 
-    /// Sets the number of this word, which must be one of the set.
-    pub fn set(&self, word: &str, n: u64) {
-        if let Some(number) = self.of(word) {
-            number.store(n, Relaxed);
-        }
-    }
-
     /// Every word with its number.
     pub fn each(&self) -> impl Iterator<Item = (&'static str, u64)> {
         self.words.iter().copied().zip(&self.numbers).map(|(word, number)| (word, number.load(Relaxed)))
@@ -561,7 +554,6 @@ mod tests {
         let numbers = PerWord::new(&["a", "b"]);
         numbers.increment("b");
         numbers.increment("b");
-        numbers.set("a", 7);
-        assert_eq!(numbers.each().collect::<Vec<_>>(), [("a", 7), ("b", 2)]);
+        assert_eq!(numbers.each().collect::<Vec<_>>(), [("a", 0), ("b", 2)]);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Most prefixes remembered. With some 150 bytes of prompt between two marks that is 20 MB of text, or 5 million tokens,
 /// which is as much as ten large accelerators have room for.
-pub const ENTRIES_MAX: usize = 128 * 1024;
+const ENTRIES_MAX: usize = 128 * 1024;
 
 /// How many holders of one prefix are remembered.
 pub(super) const REPLICAS: usize = 4;

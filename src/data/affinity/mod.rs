@@ -36,8 +36,6 @@ use crate::wire::scan::{Prompt, PromptSeed};
 use holders::Holders;
 use shares::{Loads, Shares};
 
-pub use holders::ENTRIES_MAX;
-
 /// Headers by which clients name a conversation, the most telling first. Codex sends `session-id` and `thread-id` (and
 /// `session_id`, `conversation_id` before), Claude Code its own; the others are common among gateways.
 pub const SESSION_HEADERS: [&str; 9] = [

@@ -491,11 +491,6 @@ impl<S: Transport> Client<S> {
             self.io.reset_on_close();
         }
     }
-
-    /// Both directions of the connection, for what is no longer HTTP.
-    pub fn io(&mut self) -> &mut S {
-        &mut self.io
-    }
 }
 
 /// What waiting for more of a body came to.

@@ -166,11 +166,6 @@ impl Lines {
         })
     }
 
-    /// The whole head, as it came.
-    pub fn raw(&self) -> &[u8] {
-        &self.bytes
-    }
-
     /// The values of all lines with this name.
     pub fn all(&self, known: Known) -> impl Iterator<Item = &[u8]> {
         self.lines.iter().filter(move |line| line.known == known).map(|line| self.get(line.value))
