@@ -1,8 +1,8 @@
-//! Asking engines for their load: `GET /metrics`, about once a second, where the answer can make a difference.
+//! Asks engines for their load: `GET /metrics`, about once a second, where the answer can make a difference.
 //!
-//! One task for the whole proxy. It asks the backends that share a pool with another one, as the table says, and no
-//! others; whoever has left the table is not asked any more. Nothing waits for it: what it learns is left in
-//! [`Backend::reported`], and what it does not learn grows old there.
+//! One task does this for the whole proxy. It asks the backends that share a pool with another one in the routing table, and
+//! no others. No request waits for it: it leaves each load in [`Backend::reported`], where it grows old unless the next
+//! answer replaces it.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -19,14 +19,14 @@ use crate::{
     },
 };
 
-/// Every engine has it at the root, wherever its API is.
+/// Every engine has its metrics at the root, even if its API is below another path.
 const PATH: &str = "/metrics";
-/// How often a backend is asked that answers.
+/// Time between two questions to a backend that answers.
 const EVERY: Duration = Duration::from_secs(1);
-/// How often one that does not answer, at most: from [`EVERY`] on it is doubled up to this.
+/// Most time between two questions to a backend that does not answer. The time begins with [`EVERY`] and doubles.
 const SILENT_EVERY_MAX: Duration = Duration::from_secs(16);
-/// How often one that has no such page, or not the numbers on it. It may be restarted with other options, but then it is
-/// another incarnation; what this finds is an engine that begins to tell with its first request.
+/// Time between two questions to a backend that has no such page, or not the numbers on it. An engine may begin to report
+/// them with its first request. (One that is restarted with other options is another incarnation.)
 const UNABLE_EVERY: Duration = Duration::from_secs(60);
 /// Time for one answer, from connecting to its last byte. Less than [`EVERY`].
 const TIMEOUT: Duration = Duration::from_millis(900);
@@ -35,36 +35,36 @@ const PAGE_BYTES_MAX: usize = 1024 * 1024;
 /// Most questions at a time, and so most connections.
 const ASKED_MAX: usize = 32;
 
-/// What came of one question.
+/// The outcome of one question.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Told {
+enum Outcome {
     Load(EngineLoad),
-    /// No answer, or a server error: it may be better next time.
-    Nothing,
-    /// It does not tell its load.
+    /// No answer came, or a server error. The next question may succeed.
+    NoAnswer,
+    /// The backend does not report its load.
     Unable,
 }
 
-/// When to ask one backend.
+/// The plan for one backend.
 #[derive(Debug)]
 struct Plan {
     backend: Arc<Backend>,
-    /// `None` while it is being asked.
+    /// When it is to be asked; `None` while it is being asked.
     due: Option<Instant>,
     asked_at: Instant,
     /// Questions without an answer since the last answer.
     silent: u32,
 }
 
-/// Takes to ask, by the serial of the backend.
+/// The plans for all backends that are asked, by the serial of the backend.
 #[derive(Debug, Default)]
 struct Plans {
     plans: HashMap<u32, Plan>,
     generation: Option<u64>,
 }
 
-/// Asks for ever. What is under way when this is dropped ends with it.
-pub async fn run(table: TableReader, connect_timeout: Duration) {
+/// Asks for ever. Questions that are under way end when this is dropped.
+pub(crate) async fn run(table: TableReader, connect_timeout: Duration) {
     let mut plans = Plans::default();
     let mut asking = FuturesUnordered::new();
     loop {
@@ -74,45 +74,47 @@ pub async fn run(table: TableReader, connect_timeout: Duration) {
             && let Some(backend) = plans.next_due(now)
         {
             asking.push(async move {
-                let told = ask(&backend, connect_timeout).await;
-                (backend, told)
+                let outcome = ask(&backend, connect_timeout).await;
+                (backend, outcome)
             });
         }
-        // New backends are found by looking, so it looks once in a while. With no room left, an answer makes some.
+        // Nothing reports new backends, so the loop looks for them once in a while. If no more questions may be under way,
+        // the next answer makes room.
         let wake = if asking.len() < ASKED_MAX { plans.wake(now) } else { now + EVERY };
         tokio::select! {
-            Some((backend, told)) = asking.next() => plans.told(&backend, told, Instant::now()),
+            Some((backend, outcome)) = asking.next() => plans.answered(&backend, outcome, Instant::now()),
             () = sleep_until(wake) => {}
         }
     }
 }
 
-async fn ask(backend: &Backend, connect_timeout: Duration) -> Told {
+async fn ask(backend: &Backend, connect_timeout: Duration) -> Outcome {
     let addr = backend.spec.addr;
     let fetch = Fetch { addr, path: PATH, connect_timeout, timeout: TIMEOUT, max_bytes: PAGE_BYTES_MAX };
-    // Ours that arrive while it answers are counted twice rather than not at all.
+    // Read before the answer comes: a request of ours that arrives meanwhile is counted twice rather than not at all.
     let in_flight = backend.in_flight();
-    let told = read(fetch.get().await.as_ref().map(|(status, page)| (*status, &**page)));
-    if let Told::Load(load) = told {
+    let outcome = read(fetch.get().await.as_ref().map(|(status, page)| (*status, &**page)));
+    if let Outcome::Load(load) = outcome {
         backend.reported.set(load, in_flight, Instant::now());
     }
-    told
+    outcome
 }
 
-fn read(answer: Result<(StatusCode, &[u8]), &FetchError>) -> Told {
+fn read(answer: Result<(StatusCode, &[u8]), &FetchError>) -> Outcome {
     match answer {
-        Ok((StatusCode::OK, page)) => EngineLoad::parse(page).map_or(Told::Unable, Told::Load),
-        // llama.cpp says 501 if it was not told to have metrics.
-        Ok((status, _)) if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED => Told::Nothing,
-        Ok(_) | Err(FetchError::TooLarge(_)) => Told::Unable,
-        Err(_) => Told::Nothing,
+        Ok((StatusCode::OK, page)) => EngineLoad::parse(page).map_or(Outcome::Unable, Outcome::Load),
+        // llama.cpp answers 501 if its metrics are switched off.
+        Ok((status, _)) if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED => Outcome::NoAnswer,
+        Ok(_) | Err(FetchError::TooLarge(_)) => Outcome::Unable,
+        Err(_) => Outcome::NoAnswer,
     }
 }
 
 // === impl Plans ===
 
 impl Plans {
-    /// Plans for those who share a pool, as of this table; those who already have a plan keep it.
+    /// Makes plans for the backends that share a pool in this table. A backend that has a plan keeps it, and the plans of
+    /// all others are forgotten.
     fn follow(&mut self, table: &RoutingTable, now: Instant) {
         if self.generation.replace(table.generation) == Some(table.generation) {
             return;
@@ -124,7 +126,7 @@ impl Plans {
                 self.plans.entry(serial).or_insert_with(|| {
                     before.remove(&serial).unwrap_or_else(|| Plan {
                         backend: member.backend.clone(),
-                        // Spread, for after a start all are new.
+                        // Spread over time, because after a start all are new.
                         due: Some(now + EVERY.mul_f64(fastrand::f64())),
                         asked_at: now,
                         silent: 0,
@@ -134,7 +136,7 @@ impl Plans {
         }
     }
 
-    /// Whoever has waited longest of those whose time has come; it counts as being asked from now on.
+    /// The backend that has been due for longest, if any is due. It counts as being asked from now on.
     fn next_due(&mut self, now: Instant) -> Option<Arc<Backend>> {
         let due = self.plans.values_mut().filter(|plan| plan.due.is_some_and(|due| due <= now));
         let next = due.min_by_key(|plan| plan.due)?;
@@ -143,27 +145,27 @@ impl Plans {
         Some(next.backend.clone())
     }
 
-    /// When to look again: when the next one is due, and soon in any case.
+    /// When to look again: when the next backend is due, but not later than [`EVERY`] from now.
     fn wake(&self, now: Instant) -> Instant {
         self.plans.values().filter_map(|plan| plan.due).fold(now + EVERY, Instant::min)
     }
 
-    fn told(&mut self, backend: &Arc<Backend>, told: Told, now: Instant) {
+    fn answered(&mut self, backend: &Arc<Backend>, outcome: Outcome, now: Instant) {
         // It may have left the table meanwhile.
         let Some(plan) = self.plans.get_mut(&backend.serial) else { return };
-        let every = match told {
-            Told::Load(_) => {
+        let every = match outcome {
+            Outcome::Load(_) => {
                 plan.silent = 0;
                 EVERY
             }
-            Told::Nothing => {
+            Outcome::NoAnswer => {
                 let every = EVERY.saturating_mul(1 << plan.silent.min(16)).min(SILENT_EVERY_MAX);
                 plan.silent += 1;
                 every
             }
-            Told::Unable => UNABLE_EVERY,
+            Outcome::Unable => UNABLE_EVERY,
         };
-        tracing::trace!(container = %backend.spec.name, ?told, "load");
+        tracing::trace!(container = %backend.spec.name, ?outcome, "load");
         // A tenth more or less, so that several proxies do not keep asking at the same moment.
         let due = plan.asked_at + every.mul_f64(0.9 + 0.2 * fastrand::f64());
         plan.due = Some(due.max(now));
@@ -209,66 +211,70 @@ mod tests {
         assert_eq!(due(&mut plans, start - Duration::from_millis(1)), "");
         assert_eq!(due(&mut plans, later), "abc");
         assert_eq!(due(&mut plans, later), "", "they are being asked");
-        // Who stays keeps its plan, who leaves is forgotten, whatever it has to say then.
+        // A backend that stays keeps its plan. One that leaves is forgotten, and its late answer changes nothing.
         plans.follow(&table(3, &[&[&b, &d], &[&c]]), later);
-        plans.told(&a, Told::Nothing, later);
+        plans.answered(&a, Outcome::NoAnswer, later);
         assert_eq!(due(&mut plans, later + EVERY), "d");
         assert_eq!(plans.plans.len(), 2);
     }
 
     #[test]
-    fn how_often_depends_on_what_it_told() {
-        let load = Told::Load(EngineLoad::default());
+    fn the_time_between_questions_depends_on_the_last_outcome() {
+        let load = Outcome::Load(EngineLoad::default());
         let [a, b] = ["a", "b"].map(|name| member(name, 1, None).backend.clone());
         let (mut plans, mut now) = (Plans::default(), Instant::now());
         plans.follow(&table(1, &[&[&a, &b]]), now);
-        // One that takes its time keeps nobody else from being asked.
+        // A backend that takes its time keeps no other one from being asked.
         assert_eq!(due(&mut plans, now + EVERY), "ab");
-        plans.told(&a, load, now + EVERY);
-        for (told, seconds) in [
+        plans.answered(&a, load, now + EVERY);
+        for (outcome, seconds) in [
             (load, 1),
-            (Told::Nothing, 1),
-            (Told::Nothing, 2),
-            (Told::Nothing, 4),
+            (Outcome::NoAnswer, 1),
+            (Outcome::NoAnswer, 2),
+            (Outcome::NoAnswer, 4),
             (load, 1),
-            (Told::Nothing, 1),
-            (Told::Nothing, 2),
-            (Told::Nothing, 4),
-            (Told::Nothing, 8),
-            (Told::Nothing, 16),
-            (Told::Nothing, 16),
-            (Told::Unable, 60),
+            (Outcome::NoAnswer, 1),
+            (Outcome::NoAnswer, 2),
+            (Outcome::NoAnswer, 4),
+            (Outcome::NoAnswer, 8),
+            (Outcome::NoAnswer, 16),
+            (Outcome::NoAnswer, 16),
+            (Outcome::Unable, 60),
             (load, 1),
         ] {
             now += UNABLE_EVERY * 2;
             assert_eq!(due(&mut plans, now), "a");
-            plans.told(&a, told, now + Duration::from_millis(800));
+            plans.answered(&a, outcome, now + Duration::from_millis(800));
             let every = Duration::from_secs(seconds);
             let next = plans.plans[&a.serial].due.unwrap();
-            assert!(next >= now + every.mul_f64(0.9) && next <= now + every.mul_f64(1.1), "{told:?}: {:?}", next - now);
+            assert!(
+                next >= now + every.mul_f64(0.9) && next <= now + every.mul_f64(1.1),
+                "{outcome:?}: {:?}",
+                next - now
+            );
         }
     }
 
     #[test]
-    fn what_answers_mean() {
+    fn every_answer_is_an_outcome() {
         let addr = ([127, 0, 0, 1], 9).into();
         let page: &[u8] = b"vllm:num_requests_running 3\n";
-        for (answer, told) in [
-            (Ok((StatusCode::OK, page)), Told::Load(EngineLoad { waiting: 0, running: 3 })),
-            (Ok((StatusCode::OK, b"{}")), Told::Unable),
-            (Ok((StatusCode::NO_CONTENT, page)), Told::Unable),
-            (Ok((StatusCode::FOUND, page)), Told::Unable),
-            (Ok((StatusCode::UNAUTHORIZED, page)), Told::Unable),
-            (Ok((StatusCode::NOT_FOUND, page)), Told::Unable),
-            (Ok((StatusCode::NOT_IMPLEMENTED, page)), Told::Unable),
-            (Ok((StatusCode::INTERNAL_SERVER_ERROR, page)), Told::Nothing),
-            (Ok((StatusCode::SERVICE_UNAVAILABLE, page)), Told::Nothing),
-            (Err(&FetchError::TooLarge(1)), Told::Unable),
-            (Err(&FetchError::TimedOut(TIMEOUT)), Told::Nothing),
-            (Err(&FetchError::Refused(addr)), Told::Nothing),
-            (Err(&FetchError::Broke(String::new())), Told::Nothing),
+        for (answer, outcome) in [
+            (Ok((StatusCode::OK, page)), Outcome::Load(EngineLoad { waiting: 0, running: 3 })),
+            (Ok((StatusCode::OK, b"{}")), Outcome::Unable),
+            (Ok((StatusCode::NO_CONTENT, page)), Outcome::Unable),
+            (Ok((StatusCode::FOUND, page)), Outcome::Unable),
+            (Ok((StatusCode::UNAUTHORIZED, page)), Outcome::Unable),
+            (Ok((StatusCode::NOT_FOUND, page)), Outcome::Unable),
+            (Ok((StatusCode::NOT_IMPLEMENTED, page)), Outcome::Unable),
+            (Ok((StatusCode::INTERNAL_SERVER_ERROR, page)), Outcome::NoAnswer),
+            (Ok((StatusCode::SERVICE_UNAVAILABLE, page)), Outcome::NoAnswer),
+            (Err(&FetchError::TooLarge(1)), Outcome::Unable),
+            (Err(&FetchError::TimedOut(TIMEOUT)), Outcome::NoAnswer),
+            (Err(&FetchError::Refused(addr)), Outcome::NoAnswer),
+            (Err(&FetchError::Broke(String::new())), Outcome::NoAnswer),
         ] {
-            assert_eq!(read(answer), told, "{answer:?}");
+            assert_eq!(read(answer), outcome, "{answer:?}");
         }
     }
 }

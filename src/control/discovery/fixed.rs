@@ -1,5 +1,5 @@
-//! Endpoints by hand: a [`Discovery`] that is fed through a handle. For tests, and for embedding the proxy where no
-//! container engine is.
+//! A [`Discovery`] that is fed by hand, through a handle. It serves tests, and programs that embed the proxy where there
+//! is no container engine.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -14,13 +14,13 @@ use crate::{
     control::labels::{self, LabelSpec},
 };
 
-/// A discovery that reports what its handle is told.
+/// A discovery that reports the changes that are sent to its handle.
 #[derive(Debug)]
 pub struct Fixed {
     changes: mpsc::Receiver<Result<Change, DiscoveryError>>,
 }
 
-/// Feeds a [`Fixed`] discovery.
+/// The handle that feeds a [`Fixed`] discovery.
 #[derive(Debug, Clone)]
 pub struct FixedHandle {
     changes: mpsc::Sender<Result<Change, DiscoveryError>>,
@@ -32,7 +32,7 @@ pub fn channel() -> (Fixed, FixedHandle) {
     (Fixed { changes: receiver }, FixedHandle { changes: sender })
 }
 
-/// An endpoint to be reported; methods change what differs from [`endpoint`]'s defaults.
+/// An endpoint to be reported. It begins with the defaults of [`endpoint`], and methods change them.
 #[derive(Debug, Clone)]
 pub struct EndpointBuilder {
     endpoint: Endpoint,
@@ -50,7 +50,7 @@ pub fn endpoint(name: &str, addr: SocketAddr) -> EndpointBuilder {
         incarnation: Incarnation(1),
         phase: Phase::Running,
         health: Health::None,
-        // What is reported by hand stands until something else is.
+        // A report by hand stands until the next one.
         health_check: HealthCheck { overdue_after: FOREVER, mark: 0 },
         reach: Ok(Reach { targets: vec![addr], network: None, others: Vec::new() }),
         labels: LabelSpec::default(),
@@ -69,14 +69,14 @@ impl EndpointBuilder {
         self
     }
 
-    /// Sets what it stands for.
+    /// Sets the role.
     #[must_use]
     pub fn role(mut self, role: &str) -> Self {
         self.endpoint.role = role.into();
         self
     }
 
-    /// Makes it one that is stopped before another one takes its place.
+    /// Makes it one that is stopped before its replacement is started.
     #[must_use]
     pub fn stopped_first(mut self) -> Self {
         self.endpoint.is_stopped_first = true;
@@ -90,21 +90,21 @@ impl EndpointBuilder {
         self
     }
 
-    /// Sets the verdict of the health check.
+    /// Sets the result of the health check.
     #[must_use]
     pub fn health(mut self, health: Health) -> Self {
         self.endpoint.health = health;
         self
     }
 
-    /// Sets how the health check goes on.
+    /// Sets the progress of the health check.
     #[must_use]
     pub fn health_check(mut self, check: HealthCheck) -> Self {
         self.endpoint.health_check = check;
         self
     }
 
-    /// Sets how long it gets to stop.
+    /// Sets how long it may take to stop.
     #[must_use]
     pub fn stop_grace(mut self, grace: Duration) -> Self {
         self.endpoint.stop_grace = grace;
@@ -118,7 +118,7 @@ impl EndpointBuilder {
         self
     }
 
-    /// Sets which start of it this is.
+    /// Sets the time of its start, which distinguishes this start from others.
     #[must_use]
     pub fn incarnation(mut self, started: i64) -> Self {
         self.endpoint.incarnation = Incarnation(started);
@@ -139,9 +139,9 @@ impl From<EndpointBuilder> for Endpoint {
 }
 
 impl FixedHandle {
-    /// Reports any change, or that the source cannot see.
+    /// Reports a change, or an error of the source.
     pub async fn send(&self, change: Result<Change, DiscoveryError>) {
-        // Without a proxy that listens there is nothing to report to.
+        // This fails only if no proxy listens any more.
         let _ = self.changes.send(change).await;
     }
 

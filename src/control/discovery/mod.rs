@@ -1,13 +1,13 @@
-//! Where backends come from: a stream of changes that ends in the truth, whatever happens on the way.
+//! Sources of backends: each is a stream of changes that ends in the truth, even if some of them are lost on the way.
 //!
-//! [`Discovery`] is the seam for other orchestrators. A source reports what it sees ([`Endpoint`]) and what it hears
-//! ([`Change`]); what that means for requests is decided in [`crate::control::lifecycle`], not here.
+//! [`Discovery`] is the seam for other orchestrators. A source reports containers as it sees them ([`Endpoint`]) and the
+//! events that it hears of ([`Change`]). It does not decide what these mean for requests; `control::lifecycle` does.
 
 pub mod docker;
 pub mod fixed;
-pub mod network;
-pub mod signal;
-pub mod vantage;
+pub(crate) mod network;
+pub(crate) mod signal;
+pub(crate) mod vantage;
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,55 +20,55 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Identity of an endpoint in its source; a container id for Docker.
+/// The id of an endpoint in its source; for Docker the id of a container.
 pub type EndpointId = Arc<str>;
 
-/// One start of one endpoint, told from others by when it was started. The same container comes back under the same id
-/// with another address; everything learnt about it belongs to one incarnation.
+/// One start of one endpoint, distinguished from other starts by its time. The same container comes back under the same id
+/// with another address, so everything that the proxy learns about it belongs to one incarnation.
 ///
-/// Two of them are the same or they are not. They have no order, because the clock that dates them may be put back.
+/// Two incarnations are equal or they are not. They have no order, because the clock that dates them may be put back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Incarnation(pub i64);
 
 impl Incarnation {
-    /// A start whose time is not known: it may be any.
+    /// A start whose time is not known, so that it may be any start.
     pub const UNKNOWN: Incarnation = Incarnation(0);
 }
 
 /// Whether the process of an endpoint runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// It runs.
+    /// The process runs.
     Running,
-    /// It exists and does not get any processor time.
+    /// The process exists, but gets no processor time.
     Paused,
-    /// It has ended and will be started again.
+    /// The process has ended, and the source is about to start it again.
     Restarting,
-    /// It does not run.
+    /// There is no process, and none is about to start.
     Stopped,
 }
 
-/// What the orchestrator's own health check says.
+/// The word of the orchestrator for the result of its own health check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Health {
     /// There is no check.
     None,
-    /// There is a check, and what it says is not understood.
+    /// There is a check, but the proxy does not know the word for its result.
     Unknown,
-    /// No verdict yet.
+    /// The check has had no verdict yet.
     Starting,
-    /// Fine.
+    /// The last check passed.
     Healthy,
-    /// Not fine.
+    /// The last checks failed, as many in a row as the check allows.
     Unhealthy,
 }
 
-/// How the orchestrator's health check goes on, whatever it says.
+/// The progress of the orchestrator's health check, whatever its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// The longest time in which a check that works must have ended.
+    /// The longest time after which a check that works must have ended.
     pub overdue_after: Duration,
-    /// Another number after each check that has ended; its value means nothing.
+    /// A number that changes with each check that ends; its value means nothing.
     pub mark: u64,
 }
 
@@ -86,8 +86,8 @@ impl std::fmt::Display for Note {
 // === impl HealthCheck ===
 
 impl HealthCheck {
-    /// Checks that run each `interval` for `timeout` at most and begin after `start_period`. [`HealthCheck::mark`] is that
-    /// of a check that has not ended yet.
+    /// A check that runs every `interval` for `timeout` at most, and begins after `start_period`. Its
+    /// [`HealthCheck::mark`] is that of a check that has not ended yet.
     pub fn every(interval: Duration, timeout: Duration, start_period: Duration) -> HealthCheck {
         let sum = interval.saturating_mul(2).saturating_add(timeout).saturating_add(start_period);
         HealthCheck { overdue_after: sum.min(FOREVER), mark: 0 }
@@ -95,104 +95,104 @@ impl HealthCheck {
 }
 
 impl Default for HealthCheck {
-    /// As Docker checks where the image does not say.
+    /// The check of a container whose image sets no times, with the defaults of Docker.
     fn default() -> HealthCheck {
         HealthCheck::every(Duration::from_secs(30), Duration::from_secs(30), Duration::ZERO)
     }
 }
 
-/// What a source sees of one endpoint.
+/// One endpoint as a source sees it.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
-    /// Identity.
+    /// Its id.
     pub id: EndpointId,
     /// Name for people.
     pub name: String,
-    /// What it stands for: whoever has the same role may be its replacement. The Compose service, or its name.
+    /// Its role: another endpoint with the same role may be its replacement. The Compose service, or else its name.
     pub role: Arc<str>,
-    /// Whoever replaces it stops it first, and then starts the one in its place: so does Compose.
+    /// Its replacement is started only after it has been stopped, as Compose does it.
     pub is_stopped_first: bool,
     /// Image it was made from.
     pub image: String,
-    /// Which start of it this is.
+    /// The start of it that this is about.
     pub incarnation: Incarnation,
     /// Whether it runs.
     pub phase: Phase,
-    /// Verdict of its own health check.
+    /// The result of its health check.
     pub health: Health,
-    /// How that check goes on.
+    /// The progress of that check.
     pub health_check: HealthCheck,
-    /// Where it can be reached, or why it cannot.
+    /// The addresses at which the proxy reaches it, or the reason for which there are none.
     pub reach: Result<Reach, Obstacle>,
-    /// What its labels ask for.
+    /// The wishes of its owner, from its labels.
     pub labels: LabelSpec,
-    /// Labels that were not understood.
+    /// Labels that cannot be used, with the reason, one sentence each.
     pub problems: Vec<String>,
-    /// Why it must not be routed whatever its state: it is the proxy itself, or its opt-in is unclear.
+    /// The reason for which it must never be routed: it is the proxy itself, or its opt-in is unclear.
     pub excluded: Option<Obstacle>,
-    /// How long it gets to end by itself once it has been told to stop.
+    /// How long it may take to end once it has been told to stop.
     pub stop_grace: Duration,
 }
 
 // === impl Endpoint ===
 
 impl Endpoint {
-    /// Nothing is known of it but that it is there: the source has not been told more.
+    /// The source knows that the endpoint exists, and nothing else of it.
     pub fn is_unread(&self) -> bool {
         self.incarnation == Incarnation::UNKNOWN && self.reach.is_err()
     }
 }
 
-/// Why an endpoint cannot be used, in two halves for people.
+/// The reason for which an endpoint cannot be used, in two halves for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Obstacle {
-    /// What is in the way.
+    /// The reason.
     pub what: String,
-    /// What the user can do about it.
+    /// Advice for the user.
     pub advice: String,
 }
 
-/// Something that people should know about what a source sees.
+/// A limit of what a source sees, or something unusual about it, for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Note {
-    /// What is limited or unusual.
+    /// The limit.
     pub what: String,
-    /// What the user can do about it; `None` if nothing needs to be done.
+    /// Advice for the user; `None` if nothing needs to be done.
     pub advice: Option<String>,
 }
 
-/// Something that a source has seen or heard.
+/// A change that a source reports.
 #[derive(Debug, Clone)]
 pub enum Change {
-    /// The whole truth: what is not listed is gone.
+    /// These are all endpoints: one that is missing here has gone.
     Reset(Vec<Endpoint>),
-    /// This endpoint is now as described.
+    /// The endpoint is now as described.
     Upsert(Box<Endpoint>),
-    /// It has been told to stop: it finishes what it has and must get nothing new.
+    /// The endpoint has been told to stop. It finishes its requests and must get no new ones.
     Stopping(EndpointId),
-    /// It gets no processor time: its connections hang without an error.
+    /// The endpoint gets no processor time, so its connections hang without an error.
     Suspended(EndpointId),
-    /// It lost the network in use: its connections hang without an error and will not come back.
+    /// The endpoint lost the network in use, so its connections hang without an error and will not recover.
     Detached(EndpointId),
-    /// Something in it was killed for want of memory; it may or may not still work.
+    /// A process of the endpoint was killed because there was no memory left. The endpoint may or may not still work.
     OutOfMemory(EndpointId),
-    /// Its process has ended.
+    /// The process of the endpoint has ended.
     Ended(EndpointId),
-    /// What is limited or unusual about the source's sight, though it sees: all of it, each time that it changes.
+    /// All limits of what the source sees, reported each time that they change.
     Notes(Vec<Note>),
 }
 
-/// The source cannot see at the moment; it keeps trying. Nothing that is known becomes false by this.
+/// The source cannot see its endpoints now, and keeps trying. Nothing that is known becomes false by this.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}; {advice}")]
 pub struct DiscoveryError {
-    /// What failed.
+    /// The failure.
     pub what: String,
-    /// What the user can do.
+    /// Advice for the user.
     pub advice: String,
 }
 
-/// Endpoints that the source is asked to look at.
+/// The queue of endpoints that the registry asks the source to look at.
 pub type Looks = mpsc::Receiver<EndpointId>;
 
 /// A source of endpoints.
@@ -200,11 +200,11 @@ pub trait Discovery: Send + 'static {
     /// Its name in logs and status.
     fn name(&self) -> &'static str;
 
-    /// Where it may count what it hears. Called once, before [`Discovery::changes`].
+    /// Gives the source the instruments in which it counts its events. Called once, before [`Discovery::changes`].
     fn count_in(&mut self, _metrics: &Arc<Metrics>) {}
 
-    /// Changes, endlessly. A [`Change::Reset`] follows once the source has seen everything, at the start and after every
-    /// error; an error means that it cannot see for now. Endpoints named in `looks` are looked at at once: requests could not
-    /// connect to them, and what has happened to them may not have been told yet.
+    /// The changes, without an end. At the start and after every error, a [`Change::Reset`] follows once the source has seen
+    /// everything; an error means that it cannot see for now. The source looks at each endpoint of `looks` at once, because
+    /// requests could not connect to it, or its health check is silent, and no event has told why.
     fn changes(self: Box<Self>, looks: Looks) -> BoxStream<'static, Result<Change, DiscoveryError>>;
 }

@@ -1,16 +1,16 @@
-//! Signals: is a `kill` event the announcement of a stop?
+//! Signals: decides whether a `kill` event announces a stop.
 //!
 //! Docker shows nowhere else that a stop has begun, and sends the same event for a mere `docker kill -s HUP`. This file
 //! refuses to know events and containers: it reads a stop signal as image authors write it, and judges numbers.
 
-/// What Docker sends when the container names no stop signal: `SIGTERM`.
-pub const DEFAULT_STOP_SIGNAL: u8 = 15;
+/// The signal that Docker sends if the container names no stop signal: `SIGTERM`.
+pub(crate) const DEFAULT_STOP_SIGNAL: u8 = 15;
 
 /// First and last real-time signal as the C library numbers them; it keeps the kernel's 32 and 33 for itself.
 const RTMIN: u8 = 34;
 const RTMAX: u8 = 64;
 
-/// Signals after which a server is expected to end, whatever its image says: `SIGINT`, `SIGQUIT`, `SIGKILL`, `SIGTERM`.
+/// Signals after which any server is expected to end, also if its image names another one: `SIGINT`, `SIGQUIT`, `SIGKILL`, `SIGTERM`.
 const ENDING: [u8; 4] = [2, 3, 9, 15];
 
 /// Linux numbers (signal(7)), but for Alpha, MIPS, PA-RISC and SPARC, and the names that Docker knows.
@@ -55,7 +55,7 @@ const NAMED: &[(&str, u8)] = &[
 /// The number, 1 to 64, of a signal as a Dockerfile, an inspect answer or an event writes it: `SIGTERM`, `TERM`, `15`,
 /// `SIGRTMIN+3`, `RTMAX-2`, in any case. `None` for an empty or unknown one; a container without a stop signal gets
 /// [`DEFAULT_STOP_SIGNAL`].
-pub fn parse_signal(text: &str) -> Option<u8> {
+pub(crate) fn parse_signal(text: &str) -> Option<u8> {
     let text = text.trim().to_ascii_uppercase();
     if let Ok(number) = text.parse() {
         return (1..=RTMAX).contains(&number).then_some(number);
@@ -83,14 +83,14 @@ fn parse_offset(text: &str, sign: char) -> Option<u8> {
 
 /// Whether a `kill` event says that the container is about to end, so that it must get no further request.
 ///
-/// `kill` is the event's signal, `None` when it has none (Podman) or one that cannot be read; `stop_signal` is the
-/// container's own, which counts whatever it is (Apache httpd stops on `SIGWINCH`). Other signals, such as a `SIGHUP`
+/// `kill` is the event's signal, `None` when it has none (Podman) or one that cannot be read. `stop_signal` is the
+/// container's own, which always counts (Apache httpd stops on `SIGWINCH`). Other signals, such as a `SIGHUP`
 /// that makes a server read its configuration again, end nothing.
 ///
 /// Docker writes a container's labels over the event's own attributes. `labels_forge_signal` says that the container
-/// carries a label named `signal`: what the event tells is then the label, not the signal, and every kill counts. A
+/// carries a label named `signal`: the event then has the label instead of the signal, so every kill counts. A
 /// needless drain heals once the container is seen to run on; a missed stop breaks requests.
-pub fn is_stop_notice(kill: Option<u8>, stop_signal: u8, labels_forge_signal: bool) -> bool {
+pub(crate) fn is_stop_notice(kill: Option<u8>, stop_signal: u8, labels_forge_signal: bool) -> bool {
     labels_forge_signal || kill.is_none_or(|signal| signal == stop_signal || ENDING.contains(&signal))
 }
 

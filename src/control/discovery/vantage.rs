@@ -1,7 +1,7 @@
-//! Where the proxy itself stands, as the files under `/proc` tell: in which container, on which networks.
+//! Reads from the text of files under `/proc` in which container the proxy runs, and on which networks.
 //!
-//! Only the texts are understood here; reading the files, and asking the Engine whether it knows the container, is left
-//! to the caller. An id found here is a claim: the proxy may run in a container of another Engine.
+//! The caller reads the files, and asks the Engine whether it knows the container. An id found here is only a claim,
+//! because the proxy may run in a container of another Engine.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -19,15 +19,15 @@ const RTF_LOCAL: u32 = 0x8000_0000;
 
 /// The IPv4 prefixes that are reached without a gateway, from `/proc/net/route`: address and length in bits.
 ///
-/// Without the loopback, link-local and default routes: a default route without a gateway (a tunnel) says nothing about
-/// who is a neighbour. Lines that cannot be read are skipped.
-pub fn parse_proc_net_route(text: &str) -> Vec<(IpAddr, u8)> {
+/// Loopback, link-local and default routes are left out: a default route without a gateway (a tunnel) tells nothing about
+/// the neighbours. Lines that cannot be read are skipped.
+pub(crate) fn parse_proc_net_route(text: &str) -> Vec<(IpAddr, u8)> {
     on_link(text.lines().filter_map(Route::parse_ipv4))
 }
 
 /// The IPv6 prefixes that are reached without a gateway, from `/proc/net/ipv6_route`; as [`parse_proc_net_route`], and
 /// without the machine's own addresses.
-pub fn parse_proc_net_ipv6_route(text: &str) -> Vec<(IpAddr, u8)> {
+pub(crate) fn parse_proc_net_ipv6_route(text: &str) -> Vec<(IpAddr, u8)> {
     on_link(text.lines().filter_map(Route::parse_ipv6))
 }
 
@@ -35,14 +35,14 @@ pub fn parse_proc_net_ipv6_route(text: &str) -> Vec<(IpAddr, u8)> {
 ///
 /// In a container on a bridge that is the host. Unlike the gateways that the Engine reports, it is never that of an
 /// internal network, where the host answers but forwards nothing to published ports.
-pub fn default_gateway(text: &str) -> Option<IpAddr> {
+pub(crate) fn default_gateway(text: &str) -> Option<IpAddr> {
     let routes = text.lines().filter_map(Route::parse_ipv4);
     let defaults = routes.filter(|route| route.is_usable() && route.bits == 0 && !route.gateway.is_unspecified());
     defaults.min_by_key(|route| route.metric).map(|route| route.gateway)
 }
 
 /// The interface through which `ip` is reached without a gateway, from the one of the two files that has its family.
-pub fn interface_towards(text: &str, ip: IpAddr) -> Option<&str> {
+pub(crate) fn interface_towards(text: &str, ip: IpAddr) -> Option<&str> {
     let parse = if ip.is_ipv4() { Route::parse_ipv4 } else { Route::parse_ipv6 };
     let routes = text.lines().filter_map(parse).filter(|route| route.is_usable() && route.covers(ip));
     routes.max_by_key(|route| route.bits).filter(Route::is_on_link).map(|route| route.interface)
@@ -105,7 +105,7 @@ impl Route<'_> {
         })
     }
 
-    /// It is up, and leads to other machines.
+    /// Whether the route is up and leads to other machines.
     fn is_usable(&self) -> bool {
         self.interface != "lo"
             && self.flags & RTF_UP != 0
@@ -113,7 +113,7 @@ impl Route<'_> {
             && !self.destination.is_multicast()
     }
 
-    /// Whether its prefix is that of `ip`.
+    /// Whether `ip` begins with the prefix of the route.
     fn covers(&self, ip: IpAddr) -> bool {
         match (self.destination, ip) {
             (IpAddr::V4(prefix), IpAddr::V4(ip)) => {
@@ -143,7 +143,7 @@ impl Route<'_> {
 /// any host name, with the host's network and with either cgroup version. Only these mount points are read: ids of image
 /// layers, and of other containers' mounted folders, stand in the same file. In a container that shares the network of
 /// another (`container:X`) the id is X's, whose networks are the ones that count.
-pub fn self_id_from_mountinfo(text: &str) -> Option<String> {
+pub(crate) fn self_id_from_mountinfo(text: &str) -> Option<String> {
     text.lines().find_map(|line| {
         // Linux, filesystems/proc.rst: mount id, parent id, device, root within the file system, mount point, ...
         let mut fields = line.split_ascii_whitespace().skip(3);
@@ -162,7 +162,7 @@ pub fn self_id_from_mountinfo(text: &str) -> Option<String> {
 ///
 /// For cgroup version 1 and version 2 without a cgroup namespace: `…/docker/<id>`, `…/docker-<id>.scope`,
 /// `…/libpod-<id>.scope`, or `…/<id>` below another parent. The last of several is the innermost.
-pub fn self_id_from_cgroup(text: &str) -> Option<String> {
+pub(crate) fn self_id_from_cgroup(text: &str) -> Option<String> {
     text.lines().find_map(|line| {
         let path = line.splitn(3, ':').nth(2)?;
         path.rsplit('/').find_map(|segment| {

@@ -1,4 +1,4 @@
-//! Whether a model object can be shown to clients as it is.
+//! Checks that a model object can be shown to clients as it is. Pure.
 //!
 //! Objects go verbatim, one beside the other, into one list. So an object that some client cannot read makes the whole
 //! list unreadable for that client, and hides every other backend's models. Parsers differ in what they read: strict ones
@@ -13,7 +13,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 pub(super) const DEPTH_MAX: usize = 32;
 /// Longest model object. Real ones have some hundred bytes.
 pub(super) const OBJECT_BYTES_MAX: usize = 64 * 1024;
-/// How much of a key is quoted.
+/// Longest quotation of a key.
 const KEY_CHARS_SHOWN: usize = 40;
 
 /// Checks that every client can read this object. The error completes "answered, but …".
@@ -21,7 +21,7 @@ pub(super) fn check(json: &str) -> Result<(), String> {
     let mut parser = serde_json::Deserializer::from_str(json);
     Readable { levels_left: DEPTH_MAX }.deserialize(&mut parser).and_then(|()| parser.end()).map_err(|error| {
         let what = error.to_string();
-        // The parser's words for it are about its own steps.
+        // The parser only names the step at which it stopped.
         let half = if what.contains("hex escape") { ", which is half a surrogate pair" } else { "" };
         format!("a model object is not JSON that every client can read: {what}{half}")
     })?;
@@ -38,7 +38,7 @@ struct Readable {
 }
 
 impl Readable {
-    /// What is inside of this value, if it may be that deep.
+    /// The check of the values inside this one, if they may be that deep.
     fn inside<E: serde::de::Error>(self) -> Result<Readable, E> {
         match self.levels_left.checked_sub(1) {
             Some(levels_left) => Ok(Readable { levels_left }),

@@ -1,5 +1,5 @@
 //! One container as the registry knows it: the last look at it, its place in its life, its probe, its backend, and the
-//! models that it serves. An entry starts no task and tells nobody.
+//! models that it serves. An entry starts no task and reports nothing.
 
 use std::{sync::Arc, time::Duration};
 
@@ -94,7 +94,7 @@ struct ReportedFailure {
 pub(super) struct Found {
     pub(super) entry: Entry,
     pub(super) health_news: Option<HealthNews>,
-    /// What is to be done about it.
+    /// The first effects of its life.
     pub(super) effects: Vec<Effect>,
 }
 
@@ -223,7 +223,7 @@ impl Entry {
         self.reported.retain(|told| told.at + TELL_AGAIN > now);
     }
 
-    /// Takes in that the container has lost its network, which cut so many requests.
+    /// Takes in that the container has lost its network, which cut this many requests.
     pub(super) fn network_lost(&mut self, in_flight: u64, now: Instant) {
         self.lost_network = Some(LostNetwork { report_at: now + REPORT_LOST_NETWORK_AFTER, in_flight });
     }
@@ -257,7 +257,7 @@ impl Entry {
         }
     }
 
-    /// What a probe of the container asks, and where; `None` if there is no way to it.
+    /// The target of a probe of the container; `None` if there is no way to it.
     pub(super) fn target(&self, config: &Config) -> Option<Target> {
         let reach = self.endpoint.reach.as_ref().ok()?;
         let labels = &self.endpoint.labels;

@@ -63,7 +63,7 @@ const ANSWERS_MAX: usize = 256;
 
 /// The writer. [`Registry::run`] is its life.
 #[derive(Debug)]
-pub struct Registry {
+pub(crate) struct Registry {
     config: Arc<Config>,
     /// Threads that send requests.
     workers: usize,
@@ -89,7 +89,7 @@ pub struct Registry {
 impl Registry {
     /// A registry that publishes to `publisher`, for `workers` threads that send requests. `source` is the name of its
     /// discovery. `life` becomes ready once the first scan and its probes are done. Tasks it starts are tracked by `tasks`.
-    pub fn new(
+    pub(crate) fn new(
         config: Arc<Config>,
         workers: usize,
         source: &'static str,
@@ -120,7 +120,7 @@ impl Registry {
     }
 
     /// Follows the changes that `discovery` reports and answers `asks`, until either is over; returns which.
-    pub async fn run(mut self, discovery: Box<dyn Discovery>, mut asks: mpsc::Receiver<Ask>) -> String {
+    pub(crate) async fn run(mut self, discovery: Box<dyn Discovery>, mut asks: mpsc::Receiver<Ask>) -> String {
         let (looks, wanted) = mpsc::channel(LOOKS_MAX);
         self.looks = Some(looks);
         let mut changes = discovery.changes(wanted).fuse();
@@ -362,7 +362,7 @@ impl Registry {
         self.dirty |= self.known.expire(self.config.model_grace, now);
     }
 
-    /// A request named a model that nobody has announced: some backend may have loaded it since it was last asked.
+    /// A request named a model that no backend has announced: some backend may have loaded it since it was last asked.
     fn on_miss(&mut self) {
         let now = Instant::now();
         if self.early_refresh.missed(now) {

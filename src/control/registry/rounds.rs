@@ -1,5 +1,5 @@
 //! Rounds of probes: the first one, for which readiness waits, and early refreshes, which ask all ready containers out of
-//! turn because a request named a model that nobody has announced. Pure.
+//! turn because a request named a model that no backend has announced. Pure.
 
 use std::{collections::HashSet, time::Duration};
 

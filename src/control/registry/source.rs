@@ -30,7 +30,7 @@ pub(super) struct Source {
     last_sync: Option<OffsetDateTime>,
 }
 
-/// What was known of a source when it failed.
+/// The state of a source when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Loss {
     /// The error is another one than before.

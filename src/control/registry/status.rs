@@ -22,12 +22,12 @@ use crate::{
 pub(super) const OVERDUE: &str =
     "its health check is overdue: what it said last is not believed, the proxy's own probe decides";
 
-/// What the user can do about an overdue health check.
+/// Advice for an overdue health check.
 pub(super) fn overdue_advice(container: &str) -> String {
     format!("see whether it hangs: docker inspect -f '{{{{json .State.Health}}}}' {container}")
 }
 
-/// Why a container gets no requests, and what the user can do about it.
+/// The reason for which a container gets no requests, with advice for the user.
 #[derive(Debug, Default)]
 pub(super) struct Explanation {
     pub(super) reason: Option<String>,
@@ -61,7 +61,7 @@ fn problems(entry: &Entry) -> Vec<String> {
     problems
 }
 
-/// What the status shows beside the containers.
+/// The facts that the status shows beside the containers.
 #[derive(Debug)]
 pub(super) struct Picture<'r> {
     pub(super) ready: bool,

@@ -183,7 +183,7 @@ mod tests {
             self.verdict.fitness(true)
         }
 
-        /// A look so many seconds later, which finds that nothing has happened.
+        /// A look this many seconds later, which finds that nothing has happened.
         fn silence(&mut self, seconds: u64) -> Option<HealthNews> {
             self.now += Duration::from_secs(seconds);
             self.verdict.look(self.verdict.word, self.verdict.check, self.now)

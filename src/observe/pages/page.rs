@@ -50,6 +50,7 @@ fn policy(html: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::kinds::{ContainerState, Named as _};
 
     #[test]
     fn the_policy_knows_the_page_by_its_hashes() {
@@ -57,6 +58,16 @@ mod tests {
         // printf 'alert(1)' | openssl dgst -sha256 -binary | base64
         assert!(policy.contains("script-src 'sha256-bhHHL3z2vDgxUt0W3dWQOrprscmda2Y5pLsLg4GF+pI='"), "{policy}");
         assert!(policy.starts_with("default-src 'none'; ") && !policy.contains("unsafe"), "{policy}");
+    }
+
+    #[test]
+    fn the_page_knows_every_state_of_a_container() {
+        let ranks = HTML.lines().find(|line| line.contains("const rank = {")).unwrap();
+        // A container that has ended is not shown.
+        for state in ContainerState::ALL.iter().filter(|state| **state != ContainerState::Gone) {
+            assert!(ranks.contains(&format!(" {}: ", state.word())), "{} is missing in: {ranks}", state.word());
+        }
+        assert_eq!(ranks.matches(": ").count(), ContainerState::ALL.len() - 1, "a state that there is not: {ranks}");
     }
 
     #[test]

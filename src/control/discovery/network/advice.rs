@@ -1,4 +1,4 @@
-//! Why a container cannot be reached, and what to do about it, for people.
+//! The reasons for which a container cannot be reached, with advice for people.
 
 use std::fmt;
 
@@ -8,16 +8,16 @@ use crate::base::foreign;
 /// How many networks a message names.
 const MAX_SHOWN_NAMES: usize = 8;
 
-/// How much of one of them.
+/// Longest name of a network in a message.
 const NAME_CHARS_MAX: usize = 64;
 
 /// Names of networks as a message shows them: sorted, and not too many.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Names(pub(super) Vec<String>);
+pub(crate) struct Names(pub(super) Vec<String>);
 
-/// Why a container cannot be reached; [`Unreachable::advice`] says what to change.
+/// The reason for which a container cannot be reached; [`Unreachable::advice`] helps the user to change it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unreachable {
+pub(crate) enum Unreachable {
     /// The wanted network is not one of the container's.
     #[error(
         "it is not on the network {wanted:?} that inference.network (or PROXY_NETWORK) asks for; it is on: {existing}"
@@ -127,9 +127,9 @@ pub enum Unreachable {
 // === impl Unreachable ===
 
 impl Unreachable {
-    /// What to do about it; `container` is its name, for commands that can be typed as they stand.
-    pub fn advice(&self, container: &str) -> String {
-        // Labels say what they like, and these are pasted into a shell.
+    /// Advice for the user, with commands that can be typed as they stand; `container` is the name of the container.
+    pub(crate) fn advice(&self, container: &str) -> String {
+        // A label may hold any text, and users paste the command into a shell.
         let typed = |name: &str| match name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
             true => name.to_owned(),
             false => "NETWORK".to_owned(),
@@ -189,7 +189,7 @@ impl Unreachable {
 // === impl Names ===
 
 impl Names {
-    /// The one to name in an example: one that somebody made, if there is one.
+    /// The name for an example: that of a network that a user has made, if there is one.
     fn preferred(&self) -> Option<&str> {
         let is_made = |name: &&String| !DEFAULT_NETWORKS.contains(&name.as_str());
         self.0.iter().find(is_made).or(self.0.first()).map(String::as_str)

@@ -1,4 +1,4 @@
-//! How to reach the containers of an engine on another machine: by what that machine publishes at the engine's own
+//! Finds the way to containers of an engine on another machine: by the ports that this machine publishes at the engine's own
 //! address, and by nothing else.
 //!
 //! The addresses of its networks, its loopback and its other interfaces mean nothing here, or something else: there may be
@@ -30,7 +30,7 @@ pub(super) fn reach(wiring: &Wiring, engine: &[IpAddr], ports: &[u16]) -> Result
         }
         NetworkMode::Networks => {}
     }
-    // For each port all bindings: which of that machine's addresses can be reached from here, only trying tells.
+    // All bindings of each port, because only a try shows which addresses of that machine can be reached from here.
     let mut targets: Vec<SocketAddr> = Vec::new();
     for port in ports {
         let bindings = wiring.published.iter().filter(|binding| binding.container_port == *port);
@@ -49,8 +49,8 @@ pub(super) fn reach(wiring: &Wiring, engine: &[IpAddr], ports: &[u16]) -> Result
     }
 }
 
-/// Where a binding is reached: at the engine's own addresses only. A binding on another address says that the engine's
-/// machine has that address, not whose it is as seen from here: this machine, or one beside it, may have the same.
+/// The addresses at which a binding is reached: only the engine's own. The engine's machine has the address of any other
+/// binding, too, but seen from here it may belong to this machine or to one beside it.
 fn addresses(engine: &[IpAddr], binding: &Published) -> Vec<SocketAddr> {
     let host_ip = binding.host_ip.map(|ip| ip.to_canonical());
     let is_bound = |ip: &&IpAddr| match host_ip {

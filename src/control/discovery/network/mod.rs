@@ -1,11 +1,11 @@
-//! Which of a container's addresses the proxy can reach.
+//! Chooses the address of a container that the proxy can reach.
 //!
 //! A container may sit on several networks, on none, in the host's or in another container's; a choice at random works
-//! on one start and fails on the next. So the choice is a pure function of what Docker reports and of where the proxy
-//! stands, it does not depend on the order of either, and when nothing can be reached it says what to change.
+//! on one start and fails on the next. So the choice is a pure function of Docker's report and of the proxy's own place. It
+//! does not depend on the order of either, and when nothing can be reached it advises the user what to change.
 //!
-//! This file refuses to know sockets, the Engine's API and DNS: any container on a network may claim a name on it, only
-//! the Engine knows whose an address is.
+//! This file refuses to know sockets, the Engine's API and DNS: any container on a network may claim a name there, and only
+//! the Engine knows to which container an address belongs.
 
 mod advice;
 mod elsewhere;
@@ -17,76 +17,76 @@ use std::{
 };
 
 use self::standpoint::is_elsewhere;
-pub use self::{
+pub(crate) use self::{
     advice::{Names, Unreachable},
     standpoint::Vantage,
 };
 
-/// The port of an inference server that says nothing else.
-pub const DEFAULT_PORT: u16 = 8000;
+/// The port of an inference server whose labels and image name none.
+pub(crate) const DEFAULT_PORT: u16 = 8000;
 
 /// Swarm's own network for published ports; it is attached to containers but carries no traffic between them.
 const INGRESS: &str = "ingress";
 /// The network of a container with `network_mode: host`.
 const HOST: &str = "host";
-/// How many networks of a container, or addresses of another machine, are tried.
+/// Most networks of a container, or addresses of another machine, that are tried.
 const WAYS_MAX: usize = 4;
-/// Where Docker and Podman put containers that ask for no network.
+/// The networks of containers that ask for none, in Docker and in Podman.
 const DEFAULT_NETWORKS: [&str; 2] = ["bridge", "podman"];
 
 /// One network that a container is on, and its address there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Attachment {
+pub(crate) struct Attachment {
     /// Name of the network.
-    pub name: String,
+    pub(crate) name: String,
     /// Id of the network; empty when the Engine does not tell.
-    pub id: String,
+    pub(crate) id: String,
     /// The container's IPv4 address.
-    pub ipv4: Option<Ipv4Addr>,
+    pub(crate) ipv4: Option<Ipv4Addr>,
     /// The container's global IPv6 address.
-    pub ipv6: Option<Ipv6Addr>,
+    pub(crate) ipv6: Option<Ipv6Addr>,
     /// The network's gateway, which on a bridge is the host.
-    pub gateway: Option<IpAddr>,
+    pub(crate) gateway: Option<IpAddr>,
     /// Docker's priority of this network as default route; higher comes first.
-    pub gw_priority: i64,
+    pub(crate) gw_priority: i64,
 }
 
-/// Whose network stack a container uses.
+/// The network stack that a container uses.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum NetworkMode {
+pub(crate) enum NetworkMode {
     /// Its own, on the networks it is attached to.
     Networks,
     /// The host's.
     Host,
     /// Its own, connected to nothing.
     None,
-    /// That of the container with this id. Whoever builds the [`Wiring`] puts that container's mode and networks in
+    /// That of the container with this id. The builder of the [`Wiring`] puts that container's mode and networks in
     /// place of these; the variant stays only when the other container cannot be used.
     Container(String),
 }
 
 /// A container's port that the host forwards.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Published {
+pub(crate) struct Published {
     /// TCP port inside the container.
-    pub container_port: u16,
+    pub(crate) container_port: u16,
     /// Address on the host; `None` or an unspecified address is all of them.
-    pub host_ip: Option<IpAddr>,
+    pub(crate) host_ip: Option<IpAddr>,
     /// TCP port on the host.
-    pub host_port: u16,
+    pub(crate) host_port: u16,
 }
 
 /// How a container is connected.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Wiring {
-    /// Whose network stack it uses.
-    pub mode: NetworkMode,
+pub(crate) struct Wiring {
+    /// The network stack that it uses.
+    pub(crate) mode: NetworkMode,
     /// The networks it is on, in any order.
-    pub attachments: Vec<Attachment>,
+    pub(crate) attachments: Vec<Attachment>,
     /// The ports that the host forwards to it, in any order.
-    pub published: Vec<Published>,
+    pub(crate) published: Vec<Published>,
     /// Its compose project, whose name compose puts in front of the names of networks.
-    pub compose_project: Option<String>,
+    pub(crate) compose_project: Option<String>,
 }
 
 /// The network that an address belongs to.
@@ -98,10 +98,10 @@ pub struct NetworkRef {
     pub id: String,
 }
 
-/// How to reach a container.
+/// The way to a container.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Reach {
-    /// What to try, in this order, never none: the address on the best network with each port that could be the
+    /// The addresses to try, in this order, never none: the address on the best network with each port that could be the
     /// server's, then the same on the next network, because an address that should be reached may not be.
     pub targets: Vec<SocketAddr>,
     /// The network of the first target; `None` when the way goes through the host.
@@ -110,9 +110,9 @@ pub struct Reach {
     pub others: Vec<(IpAddr, NetworkRef)>,
 }
 
-/// The ports that could be the server's, in the order to try: what the label says, else the only exposed TCP port and
-/// then [`DEFAULT_PORT`] (images inherit EXPOSE lines that nobody listens on), else [`DEFAULT_PORT`]. Never none.
-pub fn port_candidates(label: Option<u16>, exposed_tcp: &[u16]) -> Vec<u16> {
+/// The ports that could be the server's, in the order to try: that of the label, else the only exposed TCP port and
+/// then [`DEFAULT_PORT`] (images inherit EXPOSE lines of ports that are not in use), else [`DEFAULT_PORT`]. Never none.
+pub(crate) fn port_candidates(label: Option<u16>, exposed_tcp: &[u16]) -> Vec<u16> {
     match (label, exposed_tcp) {
         (Some(port), _) => vec![port],
         (None, [first, rest @ ..]) if *first != DEFAULT_PORT && rest.iter().all(|port| port == first) => {
@@ -132,7 +132,7 @@ pub fn port_candidates(label: Option<u16>, exposed_tcp: &[u16]) -> Vec<u16> {
 /// Nothing can be reached: the reason, with advice. It holds until the wiring or the vantage changes.
 ///
 /// Where the engine is on another machine `wanted_network` has no effect: no network of that machine leads here.
-pub fn reach(
+pub(crate) fn reach(
     wiring: &Wiring,
     vantage: &Vantage,
     wanted_network: Option<&str>,
@@ -162,7 +162,7 @@ pub fn reach(
     }
 }
 
-/// By the exact name, else by the name within the compose project.
+/// The way over the network with the exact name, else with the name within the compose project.
 fn on_wanted_network(wiring: &Wiring, wanted: &str, ports: &[u16]) -> Result<Reach, Unreachable> {
     let attachments = by_preference(&wiring.attachments);
     let named = |name: &str| attachments.iter().find(|a| a.name == name && a.name != INGRESS);
@@ -177,8 +177,8 @@ fn on_wanted_network(wiring: &Wiring, wanted: &str, ports: &[u16]) -> Result<Rea
     Ok(Reach::on(attachment, on_ports(address, ports)))
 }
 
-/// On the networks that can be reached from where the proxy stands. On a host, an address of a macvlan network looks as
-/// if it could be, because it lies in the host's own network; so the next one is tried if the first one does not answer.
+/// The way over the networks that can be reached from the proxy. On a host, an address of a macvlan network looks as if it
+/// could be reached, because it lies in the host's own network; so the next one is tried if the first does not answer.
 fn on_near_network(wiring: &Wiring, vantage: &Vantage, ports: &[u16]) -> Option<Reach> {
     let attachments = by_preference(&wiring.attachments).into_iter();
     let mut ways = attachments.filter_map(|attachment| Some((attachment, vantage.address_on(attachment)?)));
@@ -193,7 +193,7 @@ fn on_near_network(wiring: &Wiring, vantage: &Vantage, ports: &[u16]) -> Option<
     Some(reach)
 }
 
-/// For each port its best binding on the host. A port without one is left out.
+/// The way through the host: for each port its best binding there. A port without a binding is left out.
 fn by_published_port(wiring: &Wiring, vantage: &Vantage, ports: &[u16]) -> Option<Reach> {
     let target = |binding: &Published| {
         let host = vantage.published_address(binding.host_ip)?;
@@ -252,7 +252,7 @@ impl Reach {
     }
 
     /// The network that one of the targets is on; `None` when the way goes through the host.
-    pub fn network_of(&self, target: IpAddr) -> Option<&NetworkRef> {
+    pub(crate) fn network_of(&self, target: IpAddr) -> Option<&NetworkRef> {
         let other = self.others.iter().find(|(address, _)| *address == target);
         other.map(|(_, network)| network).or(self.network.as_ref())
     }
@@ -268,7 +268,7 @@ impl Attachment {
         both.into_iter().flatten().filter(move |ip| is_way && is_elsewhere(ip))
     }
 
-    /// By id: two networks may share a name. By name where an id is missing.
+    /// Compares ids, because two networks may share a name; names where an id is missing.
     fn is_same_network(&self, other: &Attachment) -> bool {
         if self.id.is_empty() || other.id.is_empty() {
             return self.name == other.name;
@@ -277,8 +277,8 @@ impl Attachment {
     }
 }
 
-/// User-defined networks before the default one, then by priority, then by name. The rest of the key only makes the
-/// order total, so that it cannot depend on the order of the input.
+/// Sorts user-defined networks before the default one, then by priority, then by name. The rest of the key only makes
+/// the order total, so that it cannot depend on the order of the input.
 fn by_preference(attachments: &[Attachment]) -> Vec<&Attachment> {
     let mut sorted: Vec<&Attachment> = attachments.iter().collect();
     sorted.sort_by_key(|a| {

@@ -1,12 +1,12 @@
-//! Where the proxy stands, and which address leads from there to a network, to the host and to its ports.
+//! The place of the proxy, and the address that leads from there to a network, to the host and to its ports.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Attachment, by_preference};
 
-/// Where the proxy stands.
+/// The place of the proxy in the network.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Vantage {
+pub(crate) enum Vantage {
     /// In a container of the Engine it watches.
     Container {
         /// The networks this container is on, in any order.
@@ -66,7 +66,7 @@ impl Vantage {
         }
     }
 
-    /// The host's address, for what listens on all of the host's addresses.
+    /// The host's address, for ports that are open on all addresses of the host.
     pub(super) fn host(&self) -> Option<IpAddr> {
         match self {
             Vantage::Container { attachments, host_network: false, host_gateway } => {
@@ -79,7 +79,7 @@ impl Vantage {
         }
     }
 
-    /// Where a port that is published on `host_ip` is reached from here.
+    /// The address at which the proxy reaches a port that is published on `host_ip`.
     pub(super) fn published_address(&self, host_ip: Option<IpAddr>) -> Option<IpAddr> {
         let on_host = self.is_on_host();
         match host_ip.map(|ip| ip.to_canonical()) {
@@ -104,7 +104,7 @@ pub(super) fn is_elsewhere(ip: &IpAddr) -> bool {
 /// Whether `ip` starts with the first bits of the prefix, as many as it counts.
 pub(super) fn contains((prefix, bits): (IpAddr, u8), ip: IpAddr) -> bool {
     let bits = u32::from(bits);
-    // Shift out what is not compared. A shift by the full width is refused: nothing is compared, all addresses match.
+    // Shift out the bits that are not compared. A shift by the full width is refused: no bit is compared, so all match.
     match (prefix, ip) {
         (IpAddr::V4(prefix), IpAddr::V4(ip)) => {
             let differing = prefix.to_bits() ^ ip.to_bits();

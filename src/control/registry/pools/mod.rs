@@ -64,7 +64,7 @@ pub(super) struct Replica<'e> {
     pub(super) is_stopped_first: bool,
 }
 
-/// What outlives containers: the models that they announced, and the roles whose next container is expected.
+/// The memory that outlives containers: the models that they announced, and the roles whose next container is expected.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) models: HashMap<Box<str>, KnownModel>,

@@ -221,7 +221,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What is remembered of one model, kept in the plainest way.
+/// The memory of one model, kept in the plainest way.
 #[derive(Debug, Default)]
 struct Plain {
     gone_at: Option<Instant>,

@@ -1,4 +1,4 @@
-//! What people are told: the status and its events.
+//! The status and its events, as people read them.
 
 use super::{
     super::entry::{REPORT_LOST_NETWORK_AFTER, TELL_AGAIN},

@@ -1,4 +1,4 @@
-//! Which models are routed, known and waited for, as the registry publishes them.
+//! The models that are routed, known and waited for, as the registry publishes them.
 
 use super::{
     super::pools::{GONE_MAX, REPLACED_WITHIN},

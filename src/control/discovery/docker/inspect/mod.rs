@@ -20,7 +20,7 @@ use crate::{
         discovery::{
             Endpoint, Health, HealthCheck, Incarnation, Obstacle, Phase,
             network::{self, Attachment, NetworkMode, Published, Vantage, Wiring},
-            signal::parse_signal,
+            signal::{DEFAULT_STOP_SIGNAL, parse_signal},
         },
         labels::{self, Opted},
     },
@@ -30,7 +30,6 @@ use crate::{
 const FULL_ID: usize = 64;
 /// Docker's grace between the stop signal and SIGKILL, unless the container or the call says otherwise.
 const STOP_GRACE: Duration = Duration::from_secs(10);
-const SIGTERM: u8 = 15;
 const COMPOSE_PROJECT: &str = "com.docker.compose.project";
 
 /// One look at a container.
@@ -151,7 +150,7 @@ impl Inspected {
             is_stopping,
             health: verdict(&state["Health"]),
             health_check: health_check(&config["Healthcheck"], &state["Health"]),
-            stop_signal: text(&config["StopSignal"]).and_then(parse_signal).unwrap_or(SIGTERM),
+            stop_signal: text(&config["StopSignal"]).and_then(parse_signal).unwrap_or(DEFAULT_STOP_SIGNAL),
             stop_grace: number(&config["StopTimeout"]).map_or(STOP_GRACE, foreign::seconds),
             wiring: Wiring { mode, attachments, published, compose_project: labels.get(COMPOSE_PROJECT).cloned() },
             network_owner,
@@ -385,7 +384,7 @@ pub(super) fn unreadable(summary: &Summary, why: &str) -> Option<Endpoint> {
         health: Health::Unknown,
         health_check: HealthCheck::default(),
         labels: summary.labels.clone(),
-        stop_signal: SIGTERM,
+        stop_signal: DEFAULT_STOP_SIGNAL,
         stop_grace: STOP_GRACE,
         wiring: Wiring {
             mode: NetworkMode::None,

@@ -1,6 +1,7 @@
 //! Every kind of wiring, from every place where the proxy may stand.
 
-use proptest::prelude::*;
+mod elsewhere;
+mod rules;
 
 use super::{standpoint::contains, *};
 
@@ -82,6 +83,13 @@ fn reached(wiring: &Wiring, vantage: &Vantage, wanted: Option<&str>) -> String {
     match reach(wiring, vantage, wanted, &[8000]) {
         Ok(Reach { targets, network: Some(network), .. }) => format!("{} on {}", targets[0], network.name),
         Ok(Reach { targets, network: None, .. }) => format!("{}", targets[0]),
+        Err(unreachable) => unreachable.to_string(),
+    }
+}
+
+fn all_reached(wiring: &Wiring, vantage: &Vantage, wanted: Option<&str>, ports: &[u16]) -> String {
+    match reach(wiring, vantage, wanted, ports) {
+        Ok(reach) => reach.targets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
         Err(unreachable) => unreachable.to_string(),
     }
 }
@@ -359,106 +367,6 @@ fn prefixes() {
     }
 }
 
-fn on_other_machine(engine: &[&str]) -> Vantage {
-    Vantage::Elsewhere { engine: engine.iter().map(|text| ip(text)).collect() }
-}
-
-fn all_reached(wiring: &Wiring, vantage: &Vantage, wanted: Option<&str>, ports: &[u16]) -> String {
-    match reach(wiring, vantage, wanted, ports) {
-        Ok(reach) => reach.targets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
-        Err(unreachable) => unreachable.to_string(),
-    }
-}
-
-#[test]
-fn an_engine_on_another_machine_is_reached_by_what_that_machine_publishes() {
-    // The same prefixes as here: docker's first bridge is the same on every machine.
-    let networks = "bridge 172.17.0.2 gw=172.17.0.1; app 172.18.0.2 fd00::2 gw=172.18.0.1; lan 192.168.1.77";
-    let one = on_other_machine(&["203.0.113.5"]);
-    let both = on_other_machine(&["2001:db8::5", "203.0.113.5"]);
-    let not_there = "the Docker Engine is on another machine (203.0.113.5), and its port 8000 is not published there";
-    let only_loopback = "the Docker Engine is on another machine (203.0.113.5), and its port 8000 is published on the \
-                         loopback of that machine only";
-    for (bindings, expected, expected_of_both) in [
-        (&[("0.0.0.0", 18000)][..], "203.0.113.5:18000", "203.0.113.5:18000"),
-        (&[("", 18000)], "203.0.113.5:18000", "203.0.113.5:18000 [2001:db8::5]:18000"),
-        (&[("0.0.0.0", 18000), ("::", 18000)], "203.0.113.5:18000", "203.0.113.5:18000 [2001:db8::5]:18000"),
-        (&[("203.0.113.5", 18000)], "203.0.113.5:18000", "203.0.113.5:18000"),
-        (&[("::ffff:203.0.113.5", 18000)], "203.0.113.5:18000", "203.0.113.5:18000"),
-        (&[("198.51.100.7", 1), ("203.0.113.5", 2)], "203.0.113.5:2", "203.0.113.5:2"),
-        (&[("198.51.100.7", 1), ("0.0.0.0", 2)], "203.0.113.5:2", "203.0.113.5:2"),
-        (&[("198.51.100.7", 1), ("2001:db8::5", 2)], "", "[2001:db8::5]:2"),
-        (&[("127.0.0.1", 18000), ("0.0.0.0", 18001)], "203.0.113.5:18001", "203.0.113.5:18001"),
-        // What means this machine here, or another one.
-        (&[("127.0.0.1", 18000)], only_loopback, ""),
-        (&[("127.0.0.1", 18000), ("::1", 18000)], only_loopback, ""),
-        (&[("::ffff:127.0.0.1", 18000)], only_loopback, ""),
-        (&[("::", 18000)], "", "[2001:db8::5]:18000"),
-        (&[], not_there, ""),
-    ] {
-        let ports: Vec<Published> = bindings.iter().map(|(host_ip, port)| published(8000, host_ip, *port)).collect();
-        let container = publishing(networks, &ports);
-        for wanted in [None, Some("app"), Some("nowhere")] {
-            if !expected.is_empty() {
-                assert_eq!(all_reached(&container, &one, wanted, &[8000]), expected, "{bindings:?} {wanted:?}");
-            }
-            if !expected_of_both.is_empty() {
-                assert_eq!(all_reached(&container, &both, wanted, &[8000]), expected_of_both, "{bindings:?}");
-            }
-        }
-        let other_port = publishing(networks, &[published(9000, "0.0.0.0", 18000)]);
-        assert_eq!(all_reached(&other_port, &one, None, &[8000]), not_there);
-    }
-    let host = with_mode(NetworkMode::Host);
-    for wanted in [None, Some("app")] {
-        assert_eq!(all_reached(&host, &one, wanted, &[30000, 8000]), "203.0.113.5:30000 203.0.113.5:8000");
-        assert_eq!(all_reached(&host, &both, wanted, &[8000]), "203.0.113.5:8000 [2001:db8::5]:8000");
-    }
-    assert_eq!(all_reached(&with_mode(NetworkMode::None), &one, None, &[8000]), "it has network mode none");
-    let advice = reach(&on(networks), &one, None, &[8000]).unwrap_err().advice("vllm");
-    assert!(advice.contains("-p 8000:8000"), "{advice}");
-}
-
-/// An address of the engine's machine other than the engine's own may be this machine's too, or a neighbour's: an address
-/// on `lo`, that of a bridge, one of a private network behind a router.
-#[test]
-fn a_port_published_on_another_address_of_the_engines_machine_is_reported() {
-    let networks = "bridge 172.17.0.2 gw=172.17.0.1; lan 192.168.1.77";
-    let engine = on_other_machine(&["203.0.113.5"]);
-    for host_ip in [
-        "198.51.100.7",
-        "10.1.2.3",
-        "172.17.0.1",
-        "172.17.0.2",
-        "172.18.0.1",
-        "192.168.1.1",
-        "192.168.1.77",
-        "169.254.1.1",
-        "203.0.113.6",
-        "100.64.0.1",
-        "fd00::7",
-        "2001:db8::7",
-        "::",
-    ] {
-        for bindings in [vec![host_ip], vec!["127.0.0.1", host_ip], vec![host_ip, host_ip]] {
-            let ports: Vec<Published> = bindings.iter().map(|ip| published(8000, ip, 18000)).collect();
-            let why = reach(&publishing(networks, &ports), &engine, None, &[8000]).unwrap_err();
-            let told = why.to_string();
-            let begin =
-                "the Docker Engine is on another machine (203.0.113.5), and its port 8000 is published there on ";
-            assert!(told.starts_with(begin) && told.contains(host_ip), "{told}");
-            let advice = why.advice("vllm");
-            assert!(advice.contains("-p 8000:8000") && advice.contains("203.0.113.5"), "{advice}");
-        }
-    }
-    let many: Vec<Published> = (1..50).map(|n| published(8000, &format!("198.51.100.{n}"), 18000)).collect();
-    let told = reach(&publishing(networks, &many), &engine, None, &[8000]).unwrap_err().to_string();
-    assert!(told.len() < 400, "{told}");
-    // A port that is reached keeps out what another port is published on.
-    let both = [published(30000, "198.51.100.7", 1), published(8000, "0.0.0.0", 2)];
-    assert_eq!(all_reached(&publishing(networks, &both), &engine, None, &[30000, 8000]), "203.0.113.5:2");
-}
-
 #[test]
 fn a_container_that_the_engine_does_not_tell_of_goes_by_its_own_prefixes_and_never_by_the_hosts_loopback() {
     let inside = |host_gateway: Option<&str>| Vantage::Inside {
@@ -487,18 +395,6 @@ fn a_container_that_the_engine_does_not_tell_of_goes_by_its_own_prefixes_and_nev
 }
 
 #[test]
-fn an_engine_with_many_addresses_is_named_by_a_few() {
-    let many: Vec<String> = (1..64).map(|n| format!("203.0.113.{n}")).collect();
-    let many: Vec<&str> = many.iter().map(String::as_str).collect();
-    for bindings in [vec![], vec!["127.0.0.1"], vec!["198.51.100.7"]] {
-        let ports: Vec<Published> = bindings.iter().map(|ip| published(8000, ip, 18000)).collect();
-        let why = reach(&publishing("app 172.18.0.2", &ports), &on_other_machine(&many), None, &[8000]).unwrap_err();
-        let told = format!("{why} {}", why.advice("vllm"));
-        assert!(told.contains("and 58 more") && told.len() < 600, "{told}");
-    }
-}
-
-#[test]
 fn what_cannot_be_reached_is_followed_by_the_next_network() {
     // On a host, the address on a macvlan network lies in the host's own network and cannot be reached all the same.
     let container = on("a-macvlan 192.168.1.77; app 172.18.0.2; far 10.99.0.2");
@@ -515,152 +411,4 @@ fn what_cannot_be_reached_is_followed_by_the_next_network() {
     assert_eq!((name("192.168.1.77"), name("172.18.0.2")), ("a-macvlan".to_owned(), "app".to_owned()));
     let many: String = (1..20).map(|n| format!("n{n} 172.18.{n}.2;")).collect();
     assert_eq!(reach(&on(&many), &host, None, &[8000]).unwrap().targets.len(), WAYS_MAX);
-}
-
-fn any_ip() -> impl Strategy<Value = IpAddr> {
-    let known = ["0.0.0.0", "::", "127.0.0.1", "::1", "10.0.0.1", "10.1.0.2", "fd00::1", "fe80::1", "169.254.0.1"];
-    prop::sample::select(known.map(ip).to_vec())
-}
-
-fn any_attachment() -> impl Strategy<Value = Attachment> {
-    let name = prop::sample::select(vec!["a", "b", "llm_a", "bridge", "ingress", "host"]);
-    let id = prop::sample::select(vec!["", "1", "2", "3"]);
-    let addresses = prop::collection::vec(any_ip(), 0..4);
-    (name, id, addresses, prop::option::of(any_ip()), -1i64..2).prop_map(|(name, id, addresses, gateway, priority)| {
-        Attachment {
-            name: name.to_owned(),
-            id: id.to_owned(),
-            ipv4: v4_of(&addresses),
-            ipv6: v6_of(&addresses),
-            gateway,
-            gw_priority: priority,
-        }
-    })
-}
-
-fn any_wiring() -> impl Strategy<Value = Wiring> {
-    let mode = prop_oneof![
-        6 => Just(NetworkMode::Networks),
-        1 => Just(NetworkMode::Host),
-        1 => Just(NetworkMode::None),
-        1 => Just(NetworkMode::Container("0123".to_owned())),
-    ];
-    let published = (8000u16..8002, prop::option::of(any_ip()), 1u16..4)
-        .prop_map(|(container_port, host_ip, host_port)| Published { container_port, host_ip, host_port });
-    let attachments = prop::collection::vec(any_attachment(), 0..5);
-    (mode, attachments, prop::collection::vec(published, 0..4)).prop_map(|(mode, attachments, published)| Wiring {
-        mode,
-        attachments,
-        published,
-        ..on("")
-    })
-}
-
-fn any_vantage() -> impl Strategy<Value = Vantage> {
-    let attachments = prop::collection::vec(any_attachment(), 0..4);
-    let container =
-        (attachments, any::<bool>(), prop::option::of(any_ip())).prop_map(|(attachments, host, gateway)| {
-            Vantage::Container { attachments, host_network: host, host_gateway: gateway }
-        });
-    let on_link = || prop::collection::vec((any_ip(), 0u8..=128), 0..4);
-    let elsewhere = prop::collection::vec(any_ip(), 1..4).prop_map(|engine| Vantage::Elsewhere { engine });
-    let inside = (on_link(), prop::option::of(any_ip()));
-    let inside = inside.prop_map(|(on_link, host_gateway)| Vantage::Inside { on_link, own: Vec::new(), host_gateway });
-    let host = on_link().prop_map(|on_link| Vantage::Host { on_link });
-    prop_oneof![2 => container, 1 => host, 1 => elsewhere, 1 => inside]
-}
-
-fn any_wanted() -> impl Strategy<Value = Option<&'static str>> {
-    prop::option::of(prop::sample::select(vec!["a", "b", "host", "ingress"]))
-}
-
-/// Another order of the same list.
-fn turn<T>(list: &mut [T], by: usize) {
-    let by = by % list.len().max(1);
-    list.reverse();
-    list.rotate_left(by);
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
-
-    #[test]
-    fn the_order_of_lists_changes_nothing(
-        wiring in any_wiring(),
-        vantage in any_vantage(),
-        wanted in any_wanted(),
-        by in 0usize..8,
-    ) {
-        let (mut other_wiring, mut other_vantage) = (wiring.clone(), vantage.clone());
-        turn(&mut other_wiring.attachments, by);
-        turn(&mut other_wiring.published, by);
-        match &mut other_vantage {
-            Vantage::Container { attachments, .. } => turn(attachments, by),
-            Vantage::Host { on_link } | Vantage::Inside { on_link, .. } => turn(on_link, by),
-            Vantage::Elsewhere { engine } => turn(engine, by),
-        }
-        let other = reach(&other_wiring, &other_vantage, wanted, &[8000, 8001]);
-        prop_assert_eq!(reach(&wiring, &vantage, wanted, &[8000, 8001]), other);
-    }
-
-    #[test]
-    fn what_is_reached_belongs_to_the_container(
-        wiring in any_wiring(),
-        vantage in any_vantage(),
-        wanted in any_wanted(),
-    ) {
-        let Ok(reached) = reach(&wiring, &vantage, wanted, &[8000, 8001]) else { return Ok(()) };
-        let Reach { targets, network, others } = reached.clone();
-        prop_assert!((1..=2 * WAYS_MAX).contains(&targets.len()));
-        for target in &targets[1..] {
-            // The same address with another port, or an address of its own on the network that is told for it.
-            let told = reached.network_of(target.ip());
-            let is_its_own = |a: &Attachment| told.is_some_and(|n| (&n.name, &n.id) == (&a.name, &a.id))
-                && a.addresses().any(|ip| ip == target.ip());
-            prop_assert!(network.is_none() || wiring.attachments.iter().any(is_its_own), "{target}");
-        }
-        prop_assert!(others.len() < WAYS_MAX);
-        prop_assert!(targets.iter().all(|target| !target.ip().is_unspecified() && target.port() != 0));
-        if let Vantage::Elsewhere { engine } = &vantage {
-            prop_assert!(targets.iter().all(|target| engine.contains(&target.ip())), "{targets:?}");
-        }
-        let Some(network) = network else {
-            // through the host: only a container of the host, or one for which no network was named
-            let is_elsewhere = matches!(vantage, Vantage::Elsewhere { .. });
-            prop_assert!(wanted.is_none() || wiring.mode == NetworkMode::Host || is_elsewhere);
-            return Ok(());
-        };
-        let mut own = wiring.attachments.iter().filter(|a| (&a.name, &a.id) == (&network.name, &network.id));
-        prop_assert!(own.any(|a| a.addresses().any(|ip| ip == targets[0].ip())));
-        prop_assert_ne!(&network.name, INGRESS);
-        let in_project = |wanted| network.name.strip_prefix("llm_") == Some(wanted);
-        prop_assert!(wanted.is_none_or(|wanted| network.name == wanted || in_project(wanted)));
-    }
-
-    #[test]
-    fn a_network_in_common_is_always_used(
-        mut wiring in any_wiring(),
-        shared in any_attachment(),
-        own in prop::collection::vec(any_attachment(), 0..3),
-    ) {
-        let shared = Attachment { name: "a".to_owned(), ipv4: Some(Ipv4Addr::new(10, 0, 0, 2)), ..shared };
-        wiring.mode = NetworkMode::Networks;
-        wiring.attachments.push(shared.clone());
-        let attachments = [own, vec![shared]].concat();
-        let vantage = Vantage::Container { attachments, host_network: false, host_gateway: None };
-        prop_assert!(reach(&wiring, &vantage, None, &[8000]).is_ok_and(|reached| reached.network.is_some()));
-    }
-
-    #[test]
-    fn messages_are_short_and_in_the_house_style(
-        wiring in any_wiring(),
-        vantage in any_vantage(),
-        wanted in any_wanted(),
-    ) {
-        let Err(unreachable) = reach(&wiring, &vantage, wanted, &[8000]) else { return Ok(()) };
-        for text in [unreachable.to_string(), unreachable.advice("c")] {
-            prop_assert!(text.len() < 400 && !text.ends_with('.') && !text.is_empty(), "{}", text);
-            prop_assert!(text.starts_with(|c: char| c.is_ascii_lowercase()), "{}", text);
-        }
-    }
 }
