@@ -96,6 +96,61 @@ fn demo_options(matches: &ArgMatches) -> DemoOptions {
     }
 }
 
+fn demo_backend() -> Command {
+    Command::new("demo-backend")
+        .about("Run a small OpenAI/Anthropic-compatible server that needs no GPU and no weights")
+        .arg(
+            Arg::new("bind")
+                .long("bind")
+                .value_name("IP")
+                .value_parser(value_parser!(IpAddr))
+                .help("address to listen on [default: all]"),
+        )
+        .arg(
+            Arg::new("port")
+                .long("port")
+                .value_name("PORT")
+                .value_parser(value_parser!(u16))
+                .help("port to listen on [default: 8000]"),
+        )
+        .arg(Arg::new("name").long("name").value_name("NAME").help("name in its answers [default: the host's]"))
+        .arg(
+            Arg::new("model")
+                .long("model")
+                .value_name("NAME")
+                .action(ArgAction::Append)
+                .help("model to serve, may be repeated [default: demo]"),
+        )
+        .arg(
+            Arg::new("latency-ms")
+                .long("latency-ms")
+                .value_name("N")
+                .value_parser(value_parser!(u64))
+                .help("time before the first byte of an answer, in milliseconds [default: 0]"),
+        )
+        .arg(
+            Arg::new("tokens")
+                .long("tokens")
+                .value_name("N")
+                .value_parser(value_parser!(u32))
+                .help("length of an answer, in tokens [default: 16]"),
+        )
+        .arg(
+            Arg::new("token-gap-ms")
+                .long("token-gap-ms")
+                .value_name("N")
+                .value_parser(value_parser!(u64))
+                .help("time between two tokens, in milliseconds [default: 20]"),
+        )
+        .arg(
+            Arg::new("control")
+                .long("control")
+                .action(ArgAction::SetTrue)
+                .help("let GET /_ctl change its behaviour, so that you can try its failures"),
+        )
+        .arg(Arg::new("allocate-mb").long("allocate-mb").value_parser(value_parser!(usize)).hide(true))
+}
+
 /// The command line as clap sees it.
 pub fn command() -> Command {
     let url = |help: &'static str| Arg::new("url").long("url").value_name("URL").help(help);
@@ -147,60 +202,7 @@ pub fn command() -> Command {
                         .help("show the table again every second, as much as fits the terminal, until Ctrl-C"),
                 ),
         )
-        .subcommand(
-            Command::new("demo-backend")
-                .about("Run a small OpenAI/Anthropic-compatible server that needs no GPU and no weights")
-                .arg(
-                    Arg::new("bind")
-                        .long("bind")
-                        .value_name("IP")
-                        .value_parser(value_parser!(IpAddr))
-                        .help("address to listen on [default: all]"),
-                )
-                .arg(
-                    Arg::new("port")
-                        .long("port")
-                        .value_name("PORT")
-                        .value_parser(value_parser!(u16))
-                        .help("port to listen on [default: 8000]"),
-                )
-                .arg(Arg::new("name").long("name").value_name("NAME").help("name in its answers [default: the host's]"))
-                .arg(
-                    Arg::new("model")
-                        .long("model")
-                        .value_name("NAME")
-                        .action(ArgAction::Append)
-                        .help("model to serve, may be repeated [default: demo]"),
-                )
-                .arg(
-                    Arg::new("latency-ms")
-                        .long("latency-ms")
-                        .value_name("N")
-                        .value_parser(value_parser!(u64))
-                        .help("time before the first byte of an answer, in milliseconds [default: 0]"),
-                )
-                .arg(
-                    Arg::new("tokens")
-                        .long("tokens")
-                        .value_name("N")
-                        .value_parser(value_parser!(u32))
-                        .help("length of an answer, in tokens [default: 16]"),
-                )
-                .arg(
-                    Arg::new("token-gap-ms")
-                        .long("token-gap-ms")
-                        .value_name("N")
-                        .value_parser(value_parser!(u64))
-                        .help("time between two tokens, in milliseconds [default: 20]"),
-                )
-                .arg(
-                    Arg::new("control")
-                        .long("control")
-                        .action(ArgAction::SetTrue)
-                        .help("let GET /_ctl change its behaviour, so that you can try its failures"),
-                )
-                .arg(Arg::new("allocate-mb").long("allocate-mb").value_parser(value_parser!(usize)).hide(true)),
-        )
+        .subcommand(demo_backend())
 }
 
 fn variables() -> String {

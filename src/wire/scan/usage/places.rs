@@ -106,34 +106,9 @@ impl Scope {
                 b"object" => Member::Word(Word::Object),
                 b"status" => Member::Word(Word::Status),
                 b"incomplete_details" => Member::Scope(Scope::IncompleteDetails),
-                _ => Scope::Event.member(key),
+                _ => of_event(key),
             },
-            Scope::Event => match key {
-                b"usage" => Member::Scope(Scope::Usage),
-                b"error" => Member::Error,
-                b"choices" => Member::Scope(Scope::Choices),
-                // Anthropic and the Responses API.
-                b"type" => Member::Word(Word::Type),
-                b"delta" => Member::TextOr(Scope::Delta),
-                b"message" => Member::Scope(Scope::Message),
-                b"content_block" => Member::Scope(Scope::ContentBlock),
-                b"stop_reason" => Member::Word(Word::Finish),
-                // The Responses API and, as a text, Ollama.
-                b"response" => Member::TextOr(Scope::Response),
-                // Ollama.
-                b"thinking" => Member::Text,
-                b"prompt_eval_count" => Member::Count(Count::Prompt),
-                b"prompt_eval_cached_count" => Member::Count(Count::Cached),
-                b"eval_count" => Member::Count(Count::Output),
-                b"done_reason" => Member::Word(Word::Finish),
-                // llama.cpp.
-                b"content" => Member::Text,
-                b"tokens_evaluated" => Member::Count(Count::Prompt),
-                b"tokens_predicted" => Member::Count(Count::Output),
-                b"stop_type" => Member::Word(Word::Finish),
-                b"timings" => Member::Scope(Scope::Timings),
-                _ => Member::Nothing,
-            },
+            Scope::Event => of_event(key),
             Scope::Choice => match key {
                 b"delta" => Member::Scope(Scope::ChoiceDelta),
                 b"text" => Member::Text,
@@ -203,5 +178,35 @@ impl Scope {
             },
             Scope::Choices | Scope::ToolCalls => Member::Nothing,
         }
+    }
+}
+
+/// What a member of an event's object means, or of the object of an answer that is no stream.
+fn of_event(key: &[u8]) -> Member {
+    match key {
+        b"usage" => Member::Scope(Scope::Usage),
+        b"error" => Member::Error,
+        b"choices" => Member::Scope(Scope::Choices),
+        // Anthropic and the Responses API.
+        b"type" => Member::Word(Word::Type),
+        b"delta" => Member::TextOr(Scope::Delta),
+        b"message" => Member::Scope(Scope::Message),
+        b"content_block" => Member::Scope(Scope::ContentBlock),
+        b"stop_reason" => Member::Word(Word::Finish),
+        // The Responses API and, as a text, Ollama.
+        b"response" => Member::TextOr(Scope::Response),
+        // Ollama.
+        b"thinking" => Member::Text,
+        b"prompt_eval_count" => Member::Count(Count::Prompt),
+        b"prompt_eval_cached_count" => Member::Count(Count::Cached),
+        b"eval_count" => Member::Count(Count::Output),
+        b"done_reason" => Member::Word(Word::Finish),
+        // llama.cpp.
+        b"content" => Member::Text,
+        b"tokens_evaluated" => Member::Count(Count::Prompt),
+        b"tokens_predicted" => Member::Count(Count::Output),
+        b"stop_type" => Member::Word(Word::Finish),
+        b"timings" => Member::Scope(Scope::Timings),
+        _ => Member::Nothing,
     }
 }
