@@ -54,7 +54,7 @@
 //! * No request enters a backend that has been closed, whatever snapshot the request holds.
 //! * A backend is ready only by an answer of the same incarnation to a probe that was begun for it.
 //! * An answer that was broken off never ends cleanly for its client.
-//! * Nothing is sent to a second backend once a byte of an answer has come.
+//! * Nothing is sent to a second backend once the client has got a byte of an answer.
 //! * Losing sight of the engine changes no route: what is known stays until something is known to be otherwise.
 //! * A task without which the table or a port would stand still ends the process when it ends ([`base::vital`]).
 //! * The process has one phase, which only moves on ([`base::phase`]); every part that starts, stops or drains reads it.
