@@ -23,9 +23,9 @@
 //! 5. The task claims a slot on that backend, past its [`crate::pool::breaker`]. If every replica is full, or the only
 //!    one is still starting, the request waits in the queue of its model ([`crate::pool::waiting`]) for a bounded time.
 //! 6. The task sends the request over a connection of that backend ([`crate::pool::upstream`], [`proxy::attempt`]). If
-//!    that fails, a table says what to do next ([`proxy::failure`]). Until the client has got a byte of an answer, the request may
-//!    be sent again: over a fresh connection if a reused one had died, otherwise to another replica, within a
-//!    [`crate::pool::budget`]. After that it never is.
+//!    that fails, a table says what to do next ([`proxy::failure`]). Until the client has got a byte of an answer, the
+//!    request may be sent again: over a fresh connection if a reused one had died, otherwise to another replica, within
+//!    `PROXY_RETRIES` and a [`crate::pool::budget`]. After that it never is.
 //! 7. The answer passes through [`proxy::relay`]. The connection and the slot are given back when all of the answer has
 //!    come from the backend; the account of the request is closed when the client has it. Dropping the task at any
 //!    point gives back everything that the request held.
