@@ -304,13 +304,28 @@ async fn l12_requests_wait_for_the_container_in_place_of_one_that_was_stopped_fi
 /// A container that is told to stop may close its port before Docker says that it was told to.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn l12_a_port_that_closes_ahead_of_the_news_costs_nobody_a_request() {
+    a_port_closes_ahead_of_the_news(false).await;
+}
+
+/// The same for a request that was first sent over a connection which had died while it was idle.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn l12_nor_does_it_behind_a_connection_that_had_died() {
+    a_port_closes_ahead_of_the_news(true).await;
+}
+
+async fn a_port_closes_ahead_of_the_news(behind_an_idle_connection: bool) {
     // The news has to come within a moment that a busy machine may miss.
     for round in 1.. {
         let (old, new) = (Upstream::start("old", &["m"]).await, Upstream::start("new", &["m"]).await);
         let app = TestApp::start().await;
         app.add(Spec::of(&old).service("app/llm")).await;
-        old.refuse().await;
+        // One client, so that the second request finds the connection of the first.
         let mut client = app.client().await;
+        if behind_an_idle_connection {
+            assert_eq!(client.ask(&Request::chat("m")).await.status, 200);
+            old.script(vec![Step::ReadBody, Step::Reset]);
+        }
+        old.refuse().await;
         client.send(Request::chat("m").bytes()).await;
         eventually("it is refused", async || {
             let status = app.ask(&Request::get("/status")).await.json();

@@ -102,7 +102,6 @@ impl<S: Transport> Call<'_, S> {
         let (failure, stage, refusal) = self.told(stop);
         let backend = in_flight.backend().clone();
         let model = in_flight.model().clone();
-        attempts.may_await_news &= failure.is_of_connecting() && attempts.held.is_none();
         let (next, lesson) = judge(failure, stage, self.left(attempts, &model));
         if !matches!(next, Next::Abandon | Next::Refuse) {
             self.log(failure, stage, &backend);
@@ -129,6 +128,8 @@ impl<S: Transport> Call<'_, S> {
                 return Ok(Step::Again(in_flight));
             }
             Next::Elsewhere | Next::AwaitNews => {
+                // A connection that had died while it was idle says nothing: the request is sent again before it gets here.
+                attempts.may_await_news &= failure.is_of_connecting();
                 attempts.tried.push(backend.clone());
                 // Released before another slot is asked for, because a queued request may be waiting for it.
                 drop(in_flight);
@@ -173,7 +174,7 @@ impl<S: Transport> Call<'_, S> {
             may_go_elsewhere: !attempts.is_the_only_one
                 && attempts.tried.len() < self.proxy.retries as usize
                 && !model.retries.is_used_up(),
-            may_await_news: attempts.may_await_news,
+            may_await_news: attempts.may_await_news && attempts.held.is_none(),
         }
     }
 
